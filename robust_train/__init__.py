@@ -1,0 +1,65 @@
+"""Harden any Lightning training run, measure what that bought, and prove it.
+
+The public names below are imported on first use, so ``import robust_train`` costs nothing: it imports neither torch nor
+Lightning nor Hydra.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robust_train.callbacks.adversarial_training import AdversarialTraining as AdversarialTraining
+    from robust_train.callbacks.robust_evaluation import RobustEvaluation as RobustEvaluation
+    from robust_train.config import recipe as recipe
+    from robust_train.evasion.attacks.base import Attack as Attack
+    from robust_train.evasion.attacks.fgsm import FGSM as FGSM
+    from robust_train.evasion.attacks.pgd import PGD as PGD
+    from robust_train.evasion.attacks.torchattack import TorchAttack as TorchAttack
+    from robust_train.evasion.attacks.uniform_noise import UniformNoise as UniformNoise
+    from robust_train.evasion.attacks.worst_case import WorstCase as WorstCase
+    from robust_train.evasion.evaluate import evaluate as evaluate
+    from robust_train.evasion.metrics import AttackSuccessRate as AttackSuccessRate
+    from robust_train.evasion.metrics import RobustAccuracy as RobustAccuracy
+    from robust_train.evasion.objectives.base import Objective as Objective
+    from robust_train.evasion.objectives.pgd_at import PGDAT as PGDAT
+    from robust_train.evasion.objectives.trades import TRADES as TRADES
+    from robust_train.evasion.threat import Threat as Threat
+    from robust_train.evasion.victim import ClassifierVictim as ClassifierVictim
+    from robust_train.evasion.victim import Victim as Victim
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AdversarialTraining": "callbacks.adversarial_training",
+    "Attack": "evasion.attacks.base",
+    "AttackSuccessRate": "evasion.metrics",
+    "ClassifierVictim": "evasion.victim",
+    "FGSM": "evasion.attacks.fgsm",
+    "Objective": "evasion.objectives.base",
+    "PGD": "evasion.attacks.pgd",
+    "PGDAT": "evasion.objectives.pgd_at",
+    "RobustAccuracy": "evasion.metrics",
+    "RobustEvaluation": "callbacks.robust_evaluation",
+    "TRADES": "evasion.objectives.trades",
+    "Threat": "evasion.threat",
+    "TorchAttack": "evasion.attacks.torchattack",
+    "UniformNoise": "evasion.attacks.uniform_noise",
+    "Victim": "evasion.victim",
+    "WorstCase": "evasion.attacks.worst_case",
+    "evaluate": "evasion.evaluate",
+    "recipe": "config",
+}
+
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

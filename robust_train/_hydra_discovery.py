@@ -1,0 +1,5 @@
+"""Shipped as ``hydra_plugins/robust_train_configs.py``, the only place where Hydra looks for plugins."""
+
+from robust_train.hydra_plugin import RobustTrainConfigs
+
+__all__ = ["RobustTrainConfigs"]

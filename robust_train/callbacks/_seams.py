@@ -1,0 +1,247 @@
+"""Every use of what Lightning does not promise, each with the reason."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pytorch_lightning.loggers.logger import DummyLogger
+from torch import Tensor, nn
+
+
+@contextmanager
+def patched(target: Any, **attributes: Any) -> Iterator[None]:
+    """Instance attributes for the duration; the instance's ``__dict__`` is as before afterwards."""
+    namespace, missing = target.__dict__, object()
+    old = {name: namespace.get(name, missing) for name in attributes}
+    namespace.update(attributes)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            if value is missing:
+                namespace.pop(name, None)
+            else:
+                namespace[name] = value
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands in for what an extra call must not do."""
+
+
+class IdleOptimizer:
+    """Reads like the user's optimizer and changes nothing; a closure is run, because the loss is in there."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+        return None if closure is None else closure()
+
+    zero_grad = add_param_group = load_state_dict = staticmethod(_nothing)
+
+    @contextmanager
+    def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
+        yield
+
+
+class IdleScheduler:
+    """Reads like the user's learning-rate scheduler and does not step."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._scheduler, name)
+
+    step = staticmethod(_nothing)
+
+
+def _idle(found: Any, idle: type) -> Any:
+    if found is None:
+        return None
+    return [idle(item) for item in found] if isinstance(found, list) else idle(found)
+
+
+@contextmanager
+def silenced(module: Any, trainer: Any) -> Iterator[None]:
+    """Inside, the module logs to nobody, and in manual optimization steps nothing.
+
+    ``trainer.loggers`` is exchanged because steps write to ``self.logger.experiment`` directly. In manual optimization the
+    step's own optimizer calls are made idle; what it hands to ``manual_backward`` is collected by ``backpropagated``.
+    """
+    attributes: dict[str, Any] = {"log": _nothing, "log_dict": _nothing, "print": _nothing}
+    if not module.automatic_optimization:
+        optimizers, schedulers = module.optimizers, module.lr_schedulers
+        attributes |= {
+            "optimizers": lambda *args, **kwargs: _idle(optimizers(*args, **kwargs), IdleOptimizer),
+            "lr_schedulers": lambda: _idle(schedulers(), IdleScheduler),
+            "toggle_optimizer": _nothing,
+            "untoggle_optimizer": _nothing,
+            "clip_gradients": _nothing,
+        }
+    loggers = list(trainer.loggers)
+    with patched(module, **attributes):
+        if loggers:
+            trainer.loggers = [DummyLogger() for _ in loggers]
+        try:
+            yield
+        finally:
+            if loggers:
+                trainer.loggers = loggers
+
+
+@contextmanager
+def backpropagated(module: Any) -> Iterator[list[Tensor]]:
+    """Collects what a manual-optimization step hands to ``manual_backward``, and backpropagates nothing."""
+    losses: list[Tensor] = []
+    with patched(module, manual_backward=lambda loss, *args, **kwargs: losses.append(loss)):
+        yield losses
+
+
+class LogitsReached(BaseException):
+    """Cuts an extra call short once the logits are there. Not an ``Exception``: user code must not swallow it."""
+
+    def __init__(self, logits: Any) -> None:
+        super().__init__()
+        self.logits = logits
+
+
+@contextmanager
+def on_call(
+    module: nn.Module, leave: Callable[[nn.Module, Any], None], enter: Callable[[], None] = _nothing
+) -> Iterator[None]:
+    """Calls ``enter()`` before and ``leave(module, output)`` after each call of ``module``.
+
+    ``Module.compile()`` puts a compiled function into the private ``_compiled_call_impl``, inside which forward hooks would be
+    compiled too; there the compiled function itself is wrapped.
+    """
+    compiled = module._compiled_call_impl
+    if compiled is None:
+        before = module.register_forward_pre_hook(lambda m, args: enter())
+        after = module.register_forward_hook(lambda m, args, output: leave(m, output))
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+        return
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        enter()
+        output = compiled(*args, **kwargs)
+        leave(module, output)
+        return output
+
+    with patched(module, _compiled_call_impl=call):
+        yield
+
+
+def uncompiled_modules(root: nn.Module) -> Iterator[nn.Module]:
+    """``root`` and what lies below it, down to modules that are compiled: hooks further inside would recompile them."""
+    yield root
+    if root._compiled_call_impl is None and type(root).__name__ != "OptimizedModule":
+        for child in root.children():
+            yield from uncompiled_modules(child)
+
+
+def wrap_training_step(module: Any, wrapper: Callable[..., Any]) -> Callable[[], None]:
+    """Put ``wrapper(step, *args, **kwargs)`` in place of the module's ``training_step``; returns what undoes it.
+
+    An instance attribute is honoured by Lightning inside autocast and inside ``DistributedDataParallel.forward``, and no key
+    of the checkpoint changes. Lightning inspects the signature through ``__wrapped__``, one level deep.
+    """
+    step = module.training_step
+    own = module.__dict__.get("training_step")
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(step, *args, **kwargs)
+
+    training_step.__wrapped__ = step  # type: ignore[attr-defined]
+    training_step.__name__, training_step.__doc__ = "training_step", step.__doc__
+    module.__dict__["training_step"] = training_step
+
+    def undo() -> None:
+        if own is None:
+            module.__dict__.pop("training_step", None)
+        else:  # torch.compile(LightningModule) had put its own there
+            module.__dict__["training_step"] = own
+
+    return undo
+
+
+@contextmanager
+def watched(module: nn.Module | None, seen: Callable[[nn.Module, Any], None]) -> Iterator[None]:
+    """``on_call`` where there is a module to watch."""
+    if module is None:
+        yield
+    else:
+        with on_call(module, seen):
+            yield
+
+
+@contextmanager
+def before_backward(module: Any, total: Callable[[Tensor, bool], Tensor]) -> Iterator[None]:
+    """In manual optimization: ``total(loss, first)`` is what ``manual_backward(loss)`` backpropagates."""
+    backward, calls = module.manual_backward, []
+
+    def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        calls.append(loss)
+        backward(total(loss, len(calls) == 1), *args, **kwargs)
+
+    with patched(module, manual_backward=manual_backward):
+        yield
+
+
+def takes_iterator(module: Any) -> bool:
+    """Whether the training step fetches its own batches (Lightning hands such a step an iterator)."""
+    return "dataloader_iter" in inspect.signature(module.training_step).parameters
+
+
+def step_arguments(step: Callable[..., Any], batch_idx: int, loader_idx: int) -> tuple[int, ...]:
+    """What Lightning would pass to an evaluation step after the batch, as far as the step takes it."""
+    names = list(inspect.signature(step).parameters)
+    if "dataloader_idx" in names:
+        return (batch_idx, loader_idx)
+    return (batch_idx,) if len(names) > 1 else ()
+
+
+def autocast_context(trainer: Any, stage: str) -> Any:
+    """The precision plugin's context, which Lightning opens around the user's step but not around callbacks' hooks."""
+    plugin = trainer.precision_plugin
+    return plugin.test_step_context() if stage == "test" else plugin.val_step_context()
+
+
+def half_precision_loss_scale(trainer: Any) -> float:
+    """Factor against gradients that underflow in fp16: an input's share of a mean loss is tiny. 1 elsewhere."""
+    return 2.0**16 if str(trainer.precision).startswith("16") else 1.0
+
+
+def sharded(trainer: Any) -> bool:
+    """Whether a forward pass is a collective operation, so that every rank must make equally many."""
+    return any(hasattr(m, "set_requires_gradient_sync") for m in trainer.lightning_module.modules()) and (
+        torch.distributed.is_available() and torch.distributed.is_initialized()
+    )
+
+
+UNSUPPORTED_STRATEGIES = {
+    "FSDPStrategy": "its flat parameters cannot be differentiated through by input alone; use strategy=ModelParallelStrategy "
+    "with fully_shard, or ddp",
+    "DeepSpeedStrategy": "its engine owns the backward pass; use ddp, or ModelParallelStrategy with fully_shard",
+    "XLAStrategy": "it was never tested; use a CPU or GPU accelerator",
+    "SingleDeviceXLAStrategy": "it was never tested; use a CPU or GPU accelerator",
+}
+
+
+def unsupported_strategy(trainer: Any) -> str | None:
+    """Name and reason when the Trainer's strategy cannot work, else None. By name: both Lightning packages have one."""
+    for cls in type(trainer.strategy).__mro__:
+        if cls.__name__ in UNSUPPORTED_STRATEGIES:
+            return f"strategy {cls.__name__}: {UNSUPPORTED_STRATEGIES[cls.__name__]}"
+    return None

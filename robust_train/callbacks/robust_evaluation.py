@@ -1,0 +1,250 @@
+"""Robust accuracy of an unmodified LightningModule, in every validation and test run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from robust_train.callbacks import _seams
+from robust_train.callbacks._batch import find_input, find_labels, fresh, get
+from robust_train.callbacks._callback import Callback, call_text, place_text, plain, submodule
+from robust_train.callbacks._sandbox import Sandbox
+from robust_train.callbacks._step import StepVictim, find_logits, loss_of
+from robust_train.evasion.attacks.base import Attack
+from robust_train.evasion.evaluate import Verdicts, judge
+from robust_train.evasion.threat import Threat
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+
+class RobustEvaluation(Callback):
+    """Attacks the model in ``fit``'s validation, in ``validate`` and in ``test``, and logs what is left of its accuracy.
+
+    Before each evaluation step the batch's inputs are attacked through the user's own step; then the user's step runs on the clean
+    batch as ever. Logged, with the prefix ``val/`` or ``test/``:
+
+    * ``clean_acc``: accuracy on the examples that were attacked, before the attack;
+    * ``robust_acc``: an example counts only if it is right when clean and under every attack;
+    * ``robust_acc_<attack>``: the same for one attack alone. Examples that are wrong when clean are not attacked, and those
+      that an attack has fooled leave it at once.
+
+    Dense predictions (segmentation) count by the share of each example's positions that are right. Tasks without classes log
+    ``clean_loss``, ``robust_loss`` and ``robust_loss_<attack>`` instead: the loss that the evaluation step returns, or else the
+    training step's, in eval mode; worst case by batch, because only its mean is known.
+
+    Args:
+        attacks: attacks by name, or one attack.
+        threat: what the attacker may do; give the same as in training.
+        every_n_epochs: in ``fit``: in epochs 0, n, 2n, … and in the last one.
+        limit_batches: attack only the first batches of each loader; None: all.
+        inputs: see ``AdversarialTraining``.
+        labels: see ``AdversarialTraining``.
+        logits: see ``AdversarialTraining``.
+        name: where two evaluations with different threats stand in one Trainer: part of the names, ``val/<name>/robust_acc``.
+        seed: seed of the attacks' own random stream; the same in every epoch, so that epochs can be compared.
+
+    Raises:
+        ValueError: a setting is out of range; in ``setup``: two evaluations with one name; with the first batch: no such input, or
+            it lies outside of the threat's range.
+        TypeError: an attack is none, or the input is not floating point.
+
+    Note:
+        As ``monitor="val/robust_acc"`` of ModelCheckpoint or EarlyStopping: with ``every_n_epochs`` > 1 the last value stands in
+        the epochs between, so give ModelCheckpoint the same ``every_n_epochs``.
+
+    Guarantees:
+        Training with this callback is bit-identical to training without it. ``robust_acc`` never exceeds ``clean_acc`` or any
+        ``robust_acc_<attack>``.
+
+    Example::
+
+        trainer = Trainer(callbacks=[RobustEvaluation({"pgd": PGD(steps=50)}, Threat(eps="8/255"))])
+        trainer.test(model, data)  # test/clean_acc, test/robust_acc, test/robust_acc_pgd
+    """
+
+    def __init__(
+        self,
+        attacks: Mapping[str, Attack] | Attack,
+        threat: Threat,
+        every_n_epochs: int = 1,
+        limit_batches: int | None = None,
+        inputs: str | int | None = None,
+        labels: str | int | None = None,
+        logits: str | None = None,
+        name: str = "",
+        seed: int = 0,
+    ) -> None:
+        self.attacks = {type(attacks).__name__.lower(): attacks} if isinstance(attacks, Attack) else dict(attacks)
+        if not self.attacks:
+            raise ValueError("robust_evaluation.attacks must hold at least one attack")
+        for key, attack in self.attacks.items():
+            if not isinstance(attack, Attack):
+                raise TypeError(f"robust_evaluation.attacks.{key} must be a robust_train Attack, got {attack!r}")
+            if attack.reach > 1:
+                raise ValueError(
+                    f"robust_evaluation.attacks.{key}: {call_text(attack)} leaves the ball by a factor of {attack.reach:g}; it is "
+                    "made for training. Evaluate with one that stays inside (project=true)"
+                )
+        if not isinstance(threat, Threat):
+            raise TypeError(f"robust_evaluation.threat must be a robust_train Threat, got {threat!r}")
+        for setting, value in (("every_n_epochs", every_n_epochs), ("limit_batches", limit_batches)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"robust_evaluation.{setting} must be a whole number >= 1, got {value!r}")
+        self.threat, self.every_n_epochs, self.limit_batches = threat, every_n_epochs, limit_batches
+        self.inputs, self.labels, self.logits, self.name, self.seed = inputs, labels, logits, name, seed
+        self._means: dict[str, MeanMetric] = {}
+        self._active = False
+        self._model: _HowToCall | None = None
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name)
+
+    def settings(self) -> dict[str, Any]:
+        names = ("attacks", "threat", "every_n_epochs", "limit_batches", "inputs", "labels", "logits", "name", "seed")
+        return {name: plain(getattr(self, name)) for name in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"settings": self.settings()}
+
+    # --- events ---------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        twins = [c for c in trainer.callbacks if isinstance(c, RobustEvaluation) and c.name == self.name]  # type: ignore[attr-defined]
+        if len(twins) > 1:
+            raise ValueError(
+                f"two RobustEvaluation callbacks with name={self.name!r} would write the same metrics: give each a name of its "
+                "own, or one callback all attacks"
+            )
+        if stage in ("fit", "validate", "test"):
+            attacks = ", ".join(f"{name}: {call_text(attack)}" for name, attack in self.attacks.items())
+            self.announce(trainer, f"active in {getattr(stage, "value", stage)}. {attacks}; within the {self.threat.describe()}.")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        in_fit = trainer.state.fn == "fit"
+        last = trainer.max_epochs is not None and trainer.current_epoch == trainer.max_epochs - 1
+        due = trainer.current_epoch % self.every_n_epochs == 0 or last
+        self._begin(not in_fit or trainer.sanity_checking or due)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(True)
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._evaluate(trainer, pl_module, batch, batch_idx, dataloader_idx, "validation")
+
+    def on_test_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._evaluate(trainer, pl_module, batch, batch_idx, dataloader_idx, "test")
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log(trainer, pl_module, "test")
+
+    # --- work -----------------------------------------------------------------------------------------------------
+
+    def _begin(self, active: bool) -> None:
+        self._active, self._means, self._model = active, {}, None
+
+    def _evaluate(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, loader_idx: int, stage: str
+    ) -> None:
+        if not self._active or (self.limit_batches is not None and batch_idx >= self.limit_batches):
+            return
+        # Lightning evaluates in inference mode, whose tensors no gradient can pass: leave it, and copy the batch
+        with torch.inference_mode(False), torch.enable_grad(), _seams.autocast_context(trainer, stage):
+            batch = fresh(batch)
+            input_path = find_input(batch, self.inputs)
+            x = get(batch, input_path)
+            self.threat.check_input(x, f"the {stage} batch's input {place_text(input_path)}")
+            labels_path = find_labels(batch, input_path, self.labels)
+            sandbox = Sandbox(module, trainer, x.device)
+
+            def victim(how: _HowToCall) -> StepVictim:
+                return StepVictim(
+                    module,
+                    lambda b: how.step(b, *_seams.step_arguments(how.step, batch_idx, loader_idx)),
+                    batch,
+                    input_path,
+                    labels_path,
+                    sandbox,
+                    logits_module=how.logits_module,
+                    own_loss=how.logits_module is None,
+                    loss_scale=_seams.half_precision_loss_scale(trainer) if how.logits_module is None else 1.0,
+                    stop_when_fooled=how.logits_module is not None and not _seams.sharded(trainer),
+                )
+
+            if self._model is None:
+                self._model = self._how_to_call(module, stage, victim, x)
+            verdicts = judge(victim(self._model), x, self.threat, self.attacks, self.seed, trainer.global_rank, batch_idx)
+        self._record(verdicts, len(x))
+
+    def _how_to_call(
+        self, module: pl.LightningModule, stage: str, victim: Callable[[_HowToCall], StepVictim], x: Tensor
+    ) -> _HowToCall:
+        """With the first batch: whether the task has classes, and whose output are the logits."""
+        step = getattr(module, f"{stage}_step")
+        if self.logits is not None:
+            return _HowToCall(step, submodule(module, self.logits))
+        plain_victim, returned = victim(_HowToCall(step, None)), []
+
+        def call() -> None:
+            returned.append(plain_victim.output(x))
+
+        with torch.no_grad():
+            logits_module = find_logits(call, module, plain_victim.labels, len(x))
+        if logits_module is not None:
+            return _HowToCall(step, logits_module)
+        needy = [name for name, attack in self.attacks.items() if "logits" in attack.needs]
+        if needy:
+            raise ValueError(
+                f"{', '.join(needy)} need logits and class labels, and none were found in {stage}_step: name the submodule that "
+                'returns the logits with logits="…" and the labels with labels="…", or use PGD, which needs neither'
+            )
+        # a task without classes: the loss of this step where it returns one, else that of the (unwrapped) training step
+        if loss_of(returned[0]) is not None:
+            return _HowToCall(step, None)
+        return _HowToCall(getattr(module.training_step, "__wrapped__", module.training_step), None)
+
+    def _record(self, verdicts: Verdicts, size: int) -> None:
+        kind = "loss" if verdicts.is_loss else "acc"
+        values = {f"clean_{kind}": verdicts.clean, f"robust_{kind}": verdicts.worst}
+        values |= {f"robust_{kind}_{name}": value for name, value in verdicts.attacked.items()}
+        for name, value in values.items():
+            mean = self._means.setdefault(name, MeanMetric().to(value.device))
+            mean.update(value.float(), weight=torch.ones_like(value) if value.ndim else float(size))
+
+    def _log(self, trainer: pl.Trainer, module: pl.LightningModule, prefix: str) -> None:
+        if not self._active or trainer.sanity_checking:
+            return
+        prefix = f"{prefix}/{self.name}" if self.name else prefix
+        for name, mean in self._means.items():
+            shown = name in ("robust_acc", "robust_loss")
+            # compute() has already reduced over the ranks
+            module.log(f"{prefix}/{name}", mean.compute(), prog_bar=shown, add_dataloader_idx=False)
+
+
+class _HowToCall:
+    """Which step is evaluated, and whose output are its logits (None: a task without classes, or not known yet)."""
+
+    def __init__(self, step: Callable[..., Any], logits_module: nn.Module | None) -> None:
+        self.step, self.logits_module = step, logits_module

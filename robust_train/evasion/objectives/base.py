@@ -1,0 +1,54 @@
+"""What every training objective has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from robust_train.evasion.victim import Victim
+
+
+class Objective(ABC):
+    """What a model is trained on, given clean inputs ``x`` and adversarial inputs ``x_adv``.
+
+    The loss that is backpropagated is ``own_weight * own + extra``, where ``own`` is the user's own training loss on the inputs
+    that ``trains_on`` names, and ``extra`` is the objective's part.
+
+    Attributes:
+        needs: what the victim must provide.
+        needs_random_start: the attacked loss has no gradient at ``x`` itself.
+        trains_on: ``"adversarial"`` or ``"clean"``: which inputs the user's own step is given.
+        own_weight: factor on the user's own loss.
+        uses_logits: ``extra`` reads the logits of the user's own forward pass.
+        extra_passes: training passes on top of the user's own, for the printed estimate of cost.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    needs_random_start: ClassVar[bool] = False
+    trains_on: ClassVar[str] = "adversarial"
+    uses_logits: ClassVar[bool] = False
+
+    @property
+    def own_weight(self) -> float:
+        return 1.0
+
+    @property
+    def extra_passes(self) -> float:
+        return 0.0
+
+    def attacked(self, victim: Victim, x: Tensor) -> Victim:
+        """What the attack shall maximise; by default the user's own loss."""
+        return victim
+
+    @abstractmethod
+    def extra(self, victim: Victim, x: Tensor, x_adv: Tensor, logits: Tensor | None) -> Tensor | None:
+        """The objective's own part of the loss, a scalar with gradients, or None.
+
+        Args:
+            victim: the model in training mode; its losses and logits carry gradients to the parameters.
+            x: clean inputs ``(B, ...)``.
+            x_adv: adversarial inputs, same shape.
+            logits: what the user's own forward pass returned, with gradients, where ``uses_logits``.
+        """

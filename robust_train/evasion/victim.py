@@ -1,0 +1,237 @@
+"""The model under attack, as an attack may see it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Victim(ABC):
+    """What an attack may ask of a model for one batch.
+
+    Attributes:
+        labels: labels of the batch, or None where the task has none.
+        stop_when_fooled: the attack is for a verdict only, so examples that are fooled may leave it at once.
+        provides: which of ``"loss"``, ``"per_example_loss"``, ``"logits"`` and ``"labels"`` can be had.
+    """
+
+    labels: Tensor | None = None
+    stop_when_fooled: bool = False
+    provides: frozenset[str] = frozenset({"loss"})
+
+    @abstractmethod
+    def loss(self, x: Tensor) -> Tensor:
+        """The loss that an attacker increases: ``(B,)`` one an example, or a scalar where only the mean is known."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Unnormalised class scores ``(B, classes, ...)``.
+
+        Raises:
+            ValueError: the task has none.
+        """
+        raise ValueError("this attack needs logits, and the model under attack has none")
+
+    def loss_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both from one forward pass where the victim can."""
+        return self.loss(x), self.logits(x)
+
+    def score(self, x: Tensor) -> Tensor:
+        """Share of each example's outputs that is right, ``(B,)``: 0 or 1, a fraction for dense predictions."""
+        with torch.no_grad():
+            return correctness(self.logits(x), self._known_labels())
+
+    def take(self, index: Tensor) -> Victim:
+        """The victim restricted to some examples of its batch."""
+        raise ValueError("this victim cannot be restricted to a part of its batch")
+
+    def relabelled(self, labels: Tensor) -> Victim:
+        """The same victim with other labels, for targeted attacks."""
+        raise ValueError("this attack chooses its targets, and the model under attack has no labels")
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """Inside, the model may be called at will; afterwards it is as before."""
+        return nullcontext()
+
+    def _known_labels(self) -> Tensor:
+        if self.labels is None:
+            raise ValueError("this attack needs labels, and the batch has none")
+        return self.labels
+
+
+class ClassifierVictim(Victim):
+    """Any callable from inputs to logits, attacked through its cross-entropy.
+
+    Args:
+        model: ``x -> logits (B, classes, ...)``; an ``nn.Module`` is left exactly as it was found.
+        labels: class indices ``(B, ...)`` or class probabilities of the logits' shape.
+        stop_when_fooled: see ``Victim``.
+
+    Guarantees:
+        Inside ``undisturbed()`` parameters take no gradients; afterwards parameters, ``.grad``, buffers, ``requires_grad``
+        and modes are as before, also after an exception.
+    """
+
+    provides = frozenset({"loss", "per_example_loss", "logits", "labels"})
+
+    def __init__(self, model: Callable[[Tensor], Tensor], labels: Tensor, stop_when_fooled: bool = False) -> None:
+        self.model, self.labels, self.stop_when_fooled = model, labels, stop_when_fooled
+
+    def logits(self, x: Tensor) -> Tensor:
+        return as_logits(self.model(x))
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self.loss_and_logits(x)[0]
+
+    def loss_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.logits(x)
+        return classification_loss(logits, self._known_labels()), logits
+
+    def take(self, index: Tensor) -> ClassifierVictim:
+        return ClassifierVictim(self.model, self._known_labels()[index], self.stop_when_fooled)
+
+    def relabelled(self, labels: Tensor) -> ClassifierVictim:
+        return ClassifierVictim(self.model, labels, self.stop_when_fooled)
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        if not isinstance(self.model, nn.Module):
+            yield
+            return
+        modes = [(m, m.training) for m in self.model.modules()]
+        with frozen(self.model), scratch_buffers(self.model):
+            try:
+                yield
+            finally:
+                for module, training in modes:
+                    module.training = training
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Parameters take no gradients inside; ``requires_grad`` is as before afterwards."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def scratch_buffers(module: nn.Module) -> Iterator[None]:
+    """The module writes into copies of its buffers inside; the originals come back untouched.
+
+    Putting values back instead would not do: batch normalisation writes its running statistics without telling
+    autograd, and a write of ours in between would invalidate graphs that are still to be differentiated.
+    """
+    copies: dict[int, Tensor] = {}
+    originals = []
+    for m in module.modules():
+        if isinstance(m, nn.modules.batchnorm._NormBase) and not m.training:
+            continue  # reads its statistics, never writes them
+        for name, buffer in m._buffers.items():
+            if buffer is not None:
+                originals.append((m, name, buffer))
+                if id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.detach().clone()
+    for m, name, buffer in originals:
+        m._buffers[name] = copies[id(buffer)]
+    try:
+        yield
+    finally:
+        for m, name, buffer in originals:
+            m._buffers[name] = buffer
+
+
+def as_logits(output: Tensor) -> Tensor:
+    """Probabilities become their logarithms, so that a softmax in the model does not hide its gradient.
+
+    Args:
+        output: ``(B, classes, ...)`` scores; rows that lie in [0, 1] and sum to 1 are taken for probabilities.
+    """
+    if output.ndim < 2 or output.shape[1] < 2:
+        return output
+    with torch.no_grad():
+        probabilities = bool((output >= 0).all()) and bool((output.sum(1) - 1).abs().max() < 1e-3)
+    return output.clamp_min(torch.finfo(output.dtype).tiny).log() if probabilities else output
+
+
+def is_binary(logits: Tensor, labels: Tensor) -> bool:
+    """One score an example, labels 0 or 1: ``(B,)`` or ``(B, 1)`` logits against ``(B,)`` or ``(B, 1)`` labels."""
+    return logits.numel() == logits.shape[0] == labels.numel() and bool(((labels == 0) | (labels == 1)).all())
+
+
+def is_classification(logits: Tensor, labels: Tensor | None) -> bool:
+    """Whether labels and scores fit: class indices, class probabilities, or binary labels."""
+    if labels is None or not logits.is_floating_point() or logits.ndim == 0 or logits.shape[0] != labels.shape[0]:
+        return False
+    if is_binary(logits, labels):
+        return True
+    if logits.ndim < 2 or logits.shape[1] < 2:
+        return False
+    if labels.is_floating_point():
+        rows = labels.sum(1) if labels.shape == logits.shape else labels.new_zeros(1)
+        return bool((labels >= 0).all()) and bool((rows - 1).abs().max() < 1e-3)
+    return labels.shape == (logits.shape[0], *logits.shape[2:])
+
+
+def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each example ``(B,)``; dense predictions are averaged over their positions."""
+    if is_binary(logits, labels):
+        return F.binary_cross_entropy_with_logits(logits.flatten(), labels.flatten().to(logits.dtype), reduction="none")
+    labels = labels.to(logits.dtype) if labels.is_floating_point() else labels.long()
+    return F.cross_entropy(logits, labels, reduction="none").flatten(1).mean(1) if logits.ndim > 2 else F.cross_entropy(
+        logits, labels, reduction="none"
+    )
+
+
+def correctness(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of each example's predictions that is right, float32 ``(B,)``; 0 or 1 for plain classification."""
+    if is_binary(logits, labels):
+        return ((logits.flatten() > 0) == (labels.flatten() > 0.5)).float()
+    truth = labels.argmax(1) if labels.is_floating_point() else labels
+    right = (logits.argmax(1) == truth).float()
+    return right.flatten(1).mean(1) if right.ndim > 1 else right
+
+
+def input_gradient(victim: Victim, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradient of the victim's loss in its input, and nothing else: no parameter's ``.grad`` is written.
+
+    Args:
+        victim: what is under attack.
+        x: where to differentiate ``(B, ...)``.
+
+    Returns:
+        gradient ``(B, ...)`` with entries that are not finite replaced; the loss, detached; and, where
+        ``victim.stop_when_fooled``, the score of each example ``(B,)``, else None.
+
+    Raises:
+        ValueError: the loss does not depend on the input.
+    """
+    x = x.detach().requires_grad_(True)
+    score = None
+    with torch.enable_grad():
+        if victim.stop_when_fooled:
+            loss, logits = victim.loss_and_logits(x)
+            score = correctness(logits.detach(), victim._known_labels())
+        else:
+            loss = victim.loss(x)
+        if not loss.requires_grad:
+            raise ValueError(_NO_PATH)
+        (grad,) = torch.autograd.grad(loss.sum(), x, allow_unused=True)
+    if grad is None:
+        raise ValueError(_NO_PATH)
+    return torch.nan_to_num(grad), loss.detach(), score
+
+
+_NO_PATH = (
+    "the loss does not depend on the attacked input (is it detached, converted to integers, or is another part of the "
+    'batch the real input?). Name the input with inputs="…", or attack the model behind the non-differentiable step.'
+)

@@ -1,0 +1,96 @@
+"""A plain image classifier around any network."""
+
+from typing import Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+from torchmetrics import MeanMetric
+
+
+class Classifier(pl.LightningModule):
+    """Cross-entropy, AdamW, and the metrics ``{train,val,test}/{loss,acc}``.
+
+    The network is an argument and not a saved hyperparameter: a checkpoint holds its weights, never a pickled module.
+    Load one with ``Classifier.load_from_checkpoint(path, network=...)``.
+
+    Args:
+        network: maps ``x`` of shape ``(B, ...)`` to logits of shape ``(B, classes)``.
+        lr: learning rate; with a schedule its highest value.
+        weight_decay: AdamW's decoupled weight decay.
+        schedule: ``"none"``, ``"cosine"`` (from ``lr`` down to 0) or ``"onecycle"`` (up to ``lr`` and down again). Both
+            are stretched over the run, however long the Trainer makes it.
+        label_smoothing: share of the target that is spread over all classes; training only, so that ``val/loss`` stays
+            comparable between runs.
+
+    Raises:
+        ValueError: a setting is out of range, or a schedule is asked for in a run without an end.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        schedule: Literal["none", "cosine", "onecycle"] = "none",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if lr <= 0:
+            raise ValueError(f"lr must be > 0, got {lr}")
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
+        if schedule not in ("none", "cosine", "onecycle"):
+            raise ValueError(f"schedule must be none, cosine or onecycle, got {schedule!r}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        self.save_hyperparameters(ignore=["network"])
+        self.network = network
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.label_smoothing = label_smoothing
+        self.train_acc, self.val_acc, self.test_acc = MeanMetric(), MeanMetric(), MeanMetric()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self(x)
+        loss = cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+        self._log("train", self.train_acc, loss, logits, y)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        x, y = batch
+        logits = self(x)
+        self._log("val", self.val_acc, cross_entropy(logits, y), logits, y)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        x, y = batch
+        logits = self(x)
+        self._log("test", self.test_acc, cross_entropy(logits, y), logits, y)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        if self.schedule == "none":
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError(
+                f"schedule={self.schedule} needs a run with an end: set the Trainer's max_epochs or max_steps"
+            )
+        if self.schedule == "cosine":
+            scheduler = CosineAnnealingLR(optimizer, T_max=int(steps))
+        else:
+            scheduler = OneCycleLR(optimizer, max_lr=self.lr, total_steps=int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _log(self, stage: str, accuracy: MeanMetric, loss: Tensor, logits: Tensor, y: Tensor) -> None:
+        accuracy.update((logits.argmax(dim=1) == y).float())
+        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(y))
+        self.log(f"{stage}/acc", accuracy, on_step=False, on_epoch=True, batch_size=len(y), prog_bar=stage != "test")

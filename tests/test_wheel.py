@@ -1,0 +1,65 @@
+"""What a wheel holds, compared with the checkout it was built from."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel made from an sdist, as one that is published is."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "build", "--outdir", str(folder), str(ROOT)], check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def names(wheel) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_its_yaml_files_are_those_of_the_checkout(names):
+    checkout = {
+        f"robust_train/{path.relative_to(ROOT).as_posix()}"
+        for folder in ("conf", "recipes")
+        for path in (ROOT / folder).rglob("*.yaml")
+    }
+    assert {name for name in names if name.endswith((".yaml", ".yml"))} == checkout
+
+
+def test_its_modules_are_those_of_the_checkout(names):
+    checkout = {path.relative_to(ROOT).as_posix() for path in (ROOT / "robust_train").rglob("*.py")}
+    stub = "hydra_plugins/robust_train_configs.py"
+    assert {name for name in names if name.endswith(".py")} == checkout - {"robust_train/_hydra_discovery.py"} | {stub}
+
+
+def test_hydra_can_find_the_stub_and_the_types_are_marked(names):
+    assert "hydra_plugins/robust_train_configs.py" in names
+    assert "hydra_plugins/__init__.py" not in names  # it is a namespace package, shared by all plugins
+    assert "robust_train/py.typed" in names
+
+
+def test_unpacked_it_finds_its_configs_and_hydra_finds_it(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)  # noqa: S202  (our own wheel)
+    script = """
+from pathlib import Path
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigSource
+from robust_train.hydra_plugin import config_dir
+here = Path.cwd().resolve()
+assert config_dir("conf") == here / "robust_train/conf", config_dir("conf")
+assert config_dir("recipes").is_dir()
+import hydra_plugins.robust_train_configs as stub
+assert Path(stub.__file__).resolve().is_relative_to(here), stub.__file__
+assert "RobustTrainConfigs" in [source.__name__ for source in Plugins.instance().discover(ConfigSource)]
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
