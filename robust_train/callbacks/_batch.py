@@ -183,4 +183,3 @@ def _named(batch: Any, asked: str | int | Path, places: list[tuple[Path, Tensor]
             return next((place for place, tensor in places if tensor is found), path)
     known = ", ".join(".".join(map(str, path)) or "the batch itself" for path, _ in places) or "none"
     raise ValueError(f"{setting}={asked!r} names no tensor of the batch; there are: {known}")
-

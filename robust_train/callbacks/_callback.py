@@ -69,4 +69,6 @@ def submodule(module: nn.Module, name: str) -> nn.Module:
         return module.get_submodule(name)
     except AttributeError:
         known = ", ".join(child for child, _ in module.named_children()) or "none"
-        raise ValueError(f"logits={name!r} is no submodule of {type(module).__name__}; its children are: {known}") from None
+        raise ValueError(
+            f"logits={name!r} is no submodule of {type(module).__name__}; its children are: {known}"
+        ) from None

@@ -58,10 +58,10 @@ class Sandbox:
     module, always start from where they stood when the sandbox was made.
     """
 
-    def __init__(
-        self, module: Any, trainer: Any, device: torch.device, guarded: Iterable[nn.Parameter] = ()
-    ) -> None:
-        self._guarded = [p for p in guarded if not hasattr(p, "to_local")]  # sharded ones are written by nobody but FSDP
+    def __init__(self, module: Any, trainer: Any, device: torch.device, guarded: Iterable[nn.Parameter] = ()) -> None:
+        self._guarded = [
+            p for p in guarded if not hasattr(p, "to_local")
+        ]  # sharded ones are written by nobody but FSDP
         self.written: set[nn.Parameter] = set()
         self._module, self._trainer, self._device = module, trainer, device
         self._rng = get_global_rng(device)
@@ -219,7 +219,14 @@ def _copy(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
 
 def _is_plain_object(value: Any) -> bool:
     """An object of the user's own classes, such as a running-average meter."""
-    kinds = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType, torch.optim.Optimizer)
+    kinds = (
+        type,
+        types.ModuleType,
+        types.FunctionType,
+        types.MethodType,
+        types.BuiltinFunctionType,
+        torch.optim.Optimizer,
+    )
     if isinstance(value, kinds) or not isinstance(getattr(value, "__dict__", None), dict):
         return False
     return type(value).__module__.partition(".")[0] not in SKIPPED_PACKAGES

@@ -150,7 +150,9 @@ class StepVictim(Victim):
 
         logits = logits_in(self._called(call))
         if logits is None:
-            raise ValueError(f'{type(module).__name__} returned no tensor of logits; name the submodule with logits="…"')
+            raise ValueError(
+                f'{type(module).__name__} returned no tensor of logits; name the submodule with logits="…"'
+            )
         return as_logits(logits)
 
     def loss_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:

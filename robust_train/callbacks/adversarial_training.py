@@ -92,7 +92,11 @@ class AdversarialTraining(Callback):
         seed: int | None = None,
     ) -> None:
         objective = PGDAT() if objective is None else objective
-        for name, value, kind in (("attack", attack, Attack), ("threat", threat, Threat), ("objective", objective, Objective)):
+        for name, value, kind in (
+            ("attack", attack, Attack),
+            ("threat", threat, Threat),
+            ("objective", objective, Objective),
+        ):
             if not isinstance(value, kind):
                 raise TypeError(f"adversarial_training.{name} must be a robust_train {kind.__name__}, got {value!r}")
         for name, value, choices in (("mode", mode, MODES), ("warmup", warmup, WARMUPS)):
@@ -134,7 +138,18 @@ class AdversarialTraining(Callback):
         return attack, threat
 
     def settings(self) -> dict[str, Any]:
-        names = ("attack", "threat", "objective", "inputs", "labels", "logits", "mode", "warmup_epochs", "warmup", "seed")
+        names = (
+            "attack",
+            "threat",
+            "objective",
+            "inputs",
+            "labels",
+            "logits",
+            "mode",
+            "warmup_epochs",
+            "warmup",
+            "seed",
+        )
         return {name: plain(getattr(self, name)) for name in names}
 
     # --- events ---------------------------------------------------------------------------------------------------
@@ -235,7 +250,9 @@ class AdversarialTraining(Callback):
         x = get(batch, run.input_path)
         if run.look_closely:
             self.threat.check_input(x, f"the batch's input {place_text(run.input_path)}")
-        guarded = list(module.parameters()) if run.look_closely else [p for p in module.parameters() if p in run.written]
+        guarded = (
+            list(module.parameters()) if run.look_closely else [p for p in module.parameters() if p in run.written]
+        )
         sandbox = Sandbox(module, trainer, x.device, guarded)
         victim = StepVictim(
             module,
@@ -347,4 +364,3 @@ class _Run:
         self.logits_known = False
         self.look_closely = True  # the first batch of an epoch: its range, and which parameters the step writes to
         self.written: set[nn.Parameter] = set()
-

@@ -123,7 +123,9 @@ class RobustEvaluation(Callback):
             )
         if stage in ("fit", "validate", "test"):
             attacks = ", ".join(f"{name}: {call_text(attack)}" for name, attack in self.attacks.items())
-            self.announce(trainer, f"active in {getattr(stage, "value", stage)}. {attacks}; within the {self.threat.describe()}.")
+            self.announce(
+                trainer, f"active in {getattr(stage, 'value', stage)}. {attacks}; within the {self.threat.describe()}."
+            )
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         in_fit = trainer.state.fn == "fit"
@@ -195,7 +197,9 @@ class RobustEvaluation(Callback):
 
             if self._model is None:
                 self._model = self._how_to_call(module, stage, victim, x)
-            verdicts = judge(victim(self._model), x, self.threat, self.attacks, self.seed, trainer.global_rank, batch_idx)
+            verdicts = judge(
+                victim(self._model), x, self.threat, self.attacks, self.seed, trainer.global_rank, batch_idx
+            )
         self._record(verdicts, len(x))
 
     def _how_to_call(

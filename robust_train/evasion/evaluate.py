@@ -40,9 +40,7 @@ class Verdicts:
         return every.amax(0) if self.is_loss else every.amin(0)
 
 
-def judge(
-    victim: Victim, x: Tensor, threat: Threat, attacks: Mapping[str, Attack], *seed: int | str
-) -> Verdicts:
+def judge(victim: Victim, x: Tensor, threat: Threat, attacks: Mapping[str, Attack], *seed: int | str) -> Verdicts:
     """Run every attack on one batch and score what it found.
 
     Args:

@@ -187,8 +187,10 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     if is_binary(logits, labels):
         return F.binary_cross_entropy_with_logits(logits.flatten(), labels.flatten().to(logits.dtype), reduction="none")
     labels = labels.to(logits.dtype) if labels.is_floating_point() else labels.long()
-    return F.cross_entropy(logits, labels, reduction="none").flatten(1).mean(1) if logits.ndim > 2 else F.cross_entropy(
-        logits, labels, reduction="none"
+    return (
+        F.cross_entropy(logits, labels, reduction="none").flatten(1).mean(1)
+        if logits.ndim > 2
+        else F.cross_entropy(logits, labels, reduction="none")
     )
 
 

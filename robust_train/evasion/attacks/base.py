@@ -47,9 +47,7 @@ class Attack(ABC):
         """Whether the first gradient is taken at ``x`` itself, where some losses have none."""
         return False
 
-    def __call__(
-        self, victim: Victim, x: Tensor, threat: Threat, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def __call__(self, victim: Victim, x: Tensor, threat: Threat, generator: torch.Generator | None = None) -> Tensor:
         """Perturb a batch.
 
         Args:

@@ -82,6 +82,4 @@ class FGSM(Attack):
         return self.noise == 0
 
     def perturb(self, victim: Victim, x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
-        return fgsm(
-            victim, x, threat, step=self.step, noise=self.noise, project=self.project, generator=generator
-        )
+        return fgsm(victim, x, threat, step=self.step, noise=self.noise, project=self.project, generator=generator)

@@ -125,7 +125,9 @@ class TorchAttack(Attack):
     def _arguments(self, x: Tensor, threat: Threat, seed: int) -> dict[str, Any]:
         """Constructor arguments in the units of [0, 1]; refuses what the class cannot do."""
         if not isinstance(threat.low, float) or not isinstance(threat.high, float) or threat.mutable is not None:
-            raise ValueError("torchattacks knows one range for all features and no mutable mask: use PGD for this threat")
+            raise ValueError(
+                "torchattacks knows one range for all features and no mutable mask: use PGD for this threat"
+            )
         if not math.isfinite(threat.high - threat.low):
             raise ValueError("torchattacks works on bounded inputs: give finite threat.low and threat.high")
         if self.name in THREE_CHANNELS and (x.ndim != 4 or x.shape[1] != 3):

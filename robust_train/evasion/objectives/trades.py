@@ -23,7 +23,9 @@ def prediction_divergence(logits: Tensor, logits_adv: Tensor) -> Tensor:
         logits_adv: scores of the adversarial inputs, same shape.
     """
     if logits.ndim < 2 or logits.shape[1] == 1:
-        logits, logits_adv = (torch.stack([torch.zeros_like(z), z], 1) for z in (logits.flatten(), logits_adv.flatten()))
+        logits, logits_adv = (
+            torch.stack([torch.zeros_like(z), z], 1) for z in (logits.flatten(), logits_adv.flatten())
+        )
     log_p, log_q = F.log_softmax(logits.float(), 1), F.log_softmax(logits_adv.float(), 1)
     each = (log_p.exp() * (log_p - log_q)).sum(1)
     return each.flatten(1).mean(1) if each.ndim > 1 else each

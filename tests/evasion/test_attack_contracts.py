@@ -1,0 +1,179 @@
+"""What every attack of ``conf/attack/*.yaml`` promises. A new yaml is picked up by itself."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from robust_train import ClassifierVictim, Threat, UniformNoise
+from robust_train.config import build
+from robust_train.hydra_plugin import config_dir, register
+
+ATTACKS = sorted(path.stem for path in (config_dir("conf") / "attack").glob("*.yaml"))
+NORMS = ("linf", "l2", "l1")
+EPS = {"linf": 0.2, "l2": 1.0, "l1": 4.0}
+
+
+def make(name: str):
+    from hydra import compose, initialize
+
+    register()
+    with initialize(version_base="1.3", config_path=None):
+        mounts = "hydra.searchpath=[robust-train://,robust-train://robust_train]"
+        attack = build(compose(overrides=[mounts, f"+attack={name}"]).attack)
+    if attack.family == "external":
+        pytest.importorskip("torchattacks")
+    return attack
+
+
+def run(attack, net, x, labels, threat, seed=0):
+    """The attack's result, or a skip where it says that it does not know this norm."""
+    try:
+        return attack(ClassifierVictim(net, labels), x, threat, torch.Generator().manual_seed(seed))
+    except ValueError as error:
+        if "norm" in str(error) or "L1 version" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+def snapshot(net: nn.Module):
+    return (
+        {k: v.clone() for k, v in net.state_dict().items()},
+        [p.grad for p in net.parameters()],
+        [p.requires_grad for p in net.parameters()],
+        [m.training for m in net.modules()],
+        [id(b) for b in net.buffers()],
+        (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),
+    )
+
+
+def assert_unchanged(before, net):
+    after = snapshot(net)
+    assert all(torch.equal(before[0][k], after[0][k]) for k in before[0])
+    assert before[1] == after[1] == [None] * len(before[1])
+    assert before[2:5] == after[2:5]
+    assert torch.equal(before[5][0], after[5][0]) and before[5][1:] == after[5][1:]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_leaves_no_trace_and_is_reproducible(name, mode, norm, net, images, labels):
+    attack, threat = make(name), Threat(norm, EPS[norm])
+    net.train(mode == "train")
+    x, y = images.clone(), labels.clone()
+    before = snapshot(net)
+    first = run(attack, net, x, y, threat)
+    assert_unchanged(before, net)
+    assert torch.equal(x, images) and torch.equal(y, labels) and not x.requires_grad
+    assert not first.requires_grad and first.shape == x.shape
+    if mode == "eval":
+        assert torch.equal(first, run(attack, net, x, y, threat))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_leaves_no_trace_after_an_exception(name, net, images, labels):
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.calls = net, 0
+
+        def forward(self, x):
+            self.calls += 1
+            out = self.net(x)
+            if self.calls == 2:
+                raise RuntimeError("the model broke")
+            return out
+
+    attack, model = make(name), Broken().train()
+    before = snapshot(model)
+    try:
+        attack(ClassifierVictim(model, labels), images, Threat(eps=0.2), torch.Generator().manual_seed(0))
+    except RuntimeError as error:
+        assert "the model broke" in str(error)
+    assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_eps_zero_returns_x(name, norm, net, images, labels):
+    assert torch.equal(run(make(name), net, images, labels, Threat(norm, 0.0)), images)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_batch_of_one(name, net, images, labels):
+    assert run(make(name), net, images[:1], labels[:1], Threat(eps=0.2)).shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_stays_inside_ball_and_box(name, norm, dtype, net, images, labels):
+    attack, threat = make(name), Threat(norm, EPS[norm])
+    x = images.to(dtype)
+    out = run(attack, net.to(dtype), x, labels, threat)
+    assert out.dtype == dtype
+    assert bool((threat.size(out, x) <= attack.reach * threat.eps * (1 + 1e-6)).all())
+    assert float(out.min()) >= 0 and float(out.max()) <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_stronger_than_noise(name, norm, dtype, net, images, labels):
+    attack, threat = make(name), Threat(norm, EPS[norm])
+    if attack.family == "noise":
+        pytest.skip("it is the noise")
+    if attack.family == "external" and dtype != torch.float32:
+        pytest.skip("gradient attacks promise it for coarse dtypes")
+    net, x = net.to(dtype), images.to(dtype)
+
+    def loss(x_adv):
+        with torch.no_grad():
+            return float(ClassifierVictim(net, labels).loss(x_adv).mean())
+
+    assert loss(run(attack, net, x, labels, threat)) > loss(run(UniformNoise(), net, x, labels, threat))
+
+
+# the share of the optimum's gain that an attack must reach on a linear loss, whose optimum is known in closed form
+RATIO = {"linf": 0.999, "l2": 0.98, "l1": 0.95}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_reaches_the_closed_form_optimum_of_a_linear_model(name, norm):
+    attack = make(name)
+    if attack.family != "gradient" or not attack.reach == 1:
+        pytest.skip("not a gradient attack that stays in the ball")
+    g = torch.Generator().manual_seed(3)
+    w, eps = torch.randn(6 * 6, generator=g), EPS[norm]
+    x, labels = torch.rand(5, 36, generator=g), torch.zeros(5, dtype=torch.long)
+    model = nn.Linear(36, 2, bias=False)
+    model.weight.data = torch.stack([-w / 2, w / 2])  # raising the loss of class 0 means raising w·x
+    threat = Threat(norm, eps, low=-100.0, high=100.0)
+    gain = (run(attack, model, x, labels, threat) - x) @ w
+    best = eps * {"linf": w.abs().sum(), "l2": w.norm(), "l1": w.abs().max()}[norm]
+    # from a random start one step does not always reach the corner that many steps do
+    several = attack.passes > 1 or attack.starts_at_clean_input
+    assert float(gain.min()) >= (RATIO[norm] if several else 0.2) * float(best)
+
+
+def test_no_parameter_gradient_is_computed(net, images, labels):
+    touched = []
+    for p in net.parameters():
+        p.register_hook(lambda g: touched.append(1))
+    for name in ATTACKS:
+        run(make(name), net, images, labels, Threat(eps=0.2))
+    assert not touched and all(p.grad is None for p in net.parameters())
+
+
+def test_the_callers_settings_are_frozen():
+    for name in ATTACKS:
+        attack = make(name)
+        with pytest.raises(AttributeError):
+            copy.copy(attack).steps = 3
