@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ def find_input(batch: Any, inputs: str | int | Path | None = None) -> Path:
 
 
 def find_labels(batch: Any, input_path: Path, labels: str | int | Path | None = None) -> Path | None:
-    """Where the labels lie: as told, else a tensor named like one of ``LABEL_NAMES``, else the first tensor after the input.
+    """Where the labels lie: as told, else a tensor named like one of ``LABEL_NAMES``, else the first tensor after the
+    input.
 
     Returns:
         A path, or None where the batch has no further tensor.
@@ -80,9 +81,9 @@ def replaced(batch: Any, path: Path, value: Any) -> Any:
     return out
 
 
-def fresh(batch: Any, _seen: dict[int, Any] | None = None) -> Any:
+def fresh(batch: Any) -> Any:
     """A batch that the user's code may write into: containers and tensors are copies, all else is shared."""
-    return _mapped(batch, lambda t: t.clone(), {} if _seen is None else _seen)
+    return _mapped(batch, lambda t: t.clone(), {}, list)
 
 
 def take(batch: Any, index: Tensor, size: int) -> Any:
@@ -97,7 +98,9 @@ def take(batch: Any, index: Tensor, size: int) -> Any:
     return _mapped(batch, rows, {}, items)
 
 
-def _mapped(value: Any, on_tensor: Any, seen: dict[int, Any], on_list: Any = None) -> Any:
+def _mapped(
+    value: Any, on_tensor: Callable[[Tensor], Tensor], seen: dict[int, Any], on_list: Callable[[list[Any]], Any]
+) -> Any:
     if id(value) in seen:
         return seen[id(value)]
     if isinstance(value, Tensor):
@@ -105,8 +108,8 @@ def _mapped(value: Any, on_tensor: Any, seen: dict[int, Any], on_list: Any = Non
     elif isinstance(value, tuple):
         out = _rebuilt_tuple(value, [_mapped(v, on_tensor, seen, on_list) for v in value])
     elif isinstance(value, list):
-        leaves = on_list is not None and not any(isinstance(v, (Tensor, list, tuple, Mapping)) for v in value)
-        out = on_list(value) if leaves else [_mapped(v, on_tensor, seen, on_list) for v in value]
+        nested = any(isinstance(v, (Tensor, list, tuple, Mapping)) for v in value)
+        out = [_mapped(v, on_tensor, seen, on_list) for v in value] if nested else on_list(value)
     elif isinstance(value, MutableMapping):
         out = copy.copy(value)
         for k in list(out):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import MISSING, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -24,7 +24,13 @@ else:
 
 
 class Callback(_Base):
-    """A callback whose settings reach the log, the user's logger and the checkpoint."""
+    """A callback whose settings reach the log, the user's logger and the checkpoint.
+
+    Attributes:
+        defends: it changes what is trained; an undefended twin of the run goes without it.
+    """
+
+    defends: ClassVar[bool] = False
 
     def settings(self) -> dict[str, Any]:
         """What was asked for, as plain builtins."""
@@ -49,9 +55,13 @@ def plain(value: Any) -> Any:
 
 
 def call_text(settings: Any) -> str:
-    """``PGD(steps=10, …)``."""
-    values = ", ".join(f"{k}={v}" for k, v in plain(settings).items() if k != "class")
-    return f"{type(settings).__name__}({values})"
+    """``PGD(steps=10)``: a dataclass with the settings that differ from its defaults, and its first one."""
+    shown = {}
+    for i, f in enumerate(fields(settings)):
+        value = plain(getattr(settings, f.name))
+        if i == 0 or value != plain(f.default if f.default_factory is MISSING else f.default_factory()):
+            shown[f.name] = value
+    return f"{type(settings).__name__}({', '.join(f'{k}={v}' for k, v in shown.items())})"
 
 
 def place_text(path: tuple[str | int, ...]) -> str:

@@ -1,11 +1,11 @@
 """Extra calls of the user's own step that leave no trace.
 
-Crafting an adversarial example calls ``training_step`` several more times than the user wrote. Whatever those calls log,
-count, append, update or draw must not be seen afterwards, and each must see exactly what the real call will see.
+Crafting an adversarial example calls ``training_step`` several more times than the user wrote. Whatever those calls
+log, count, append, update or draw must not be seen afterwards, and each must see exactly what the real call will see.
 
-The means: every holder of mutable state that can be reached from the module (modules, plain objects, lists, dicts, sets)
-keeps its identity; its tensors are exchanged for copies while the extra call runs, and its exact old content is put back
-afterwards. Tensors of the user are therefore never written, which also keeps pending autograd graphs valid.
+The means: every holder of mutable state that can be reached from the module (modules, plain objects, lists, dicts,
+sets) keeps its identity; its tensors are exchanged for copies while the extra call runs, and its exact old content is
+put back afterwards. Tensors of the user are therefore never written, which also keeps pending autograd graphs valid.
 """
 
 from __future__ import annotations
@@ -49,13 +49,14 @@ class Sandbox:
         module: the user's LightningModule.
         trainer: its Trainer.
         device: where the batch lives.
-        guarded: parameters that the step may write to itself (a momentum teacher, clipped weights): put back after each call.
+        guarded: parameters that the step may write to itself (a momentum teacher, clipped weights): put back after each
+            call.
 
     Attributes:
         written: those of ``guarded`` that an extra call did write to.
 
-    The state that the extra calls see is the module's at the time of each call; random generators, global and held by the
-    module, always start from where they stood when the sandbox was made.
+    The state that the extra calls see is the module's at the time of each call; random generators, global and held by
+    the module, always start from where they stood when the sandbox was made.
     """
 
     def __init__(self, module: Any, trainer: Any, device: torch.device, guarded: Iterable[nn.Parameter] = ()) -> None:
@@ -256,8 +257,8 @@ def crafting_mode(module: nn.Module, mode: str) -> Iterator[None]:
     """Which behaviour of dropout and batch normalisation the attack sees; every flag is as before afterwards.
 
     Args:
-        module: the user's module. Only layers are switched, never the modules that contain them: some models return another
-            kind of output in eval mode.
+        module: the user's module. Only layers are switched, never the modules that contain them: some models return
+            another kind of output in eval mode.
         mode: ``"eval"``: no dropout, running statistics. ``"batch"``: no dropout, statistics of the batch, running
             statistics untouched. ``"train"``: everything as in training; what it updates is undone by the sandbox.
     """

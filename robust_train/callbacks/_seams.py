@@ -73,8 +73,9 @@ def _idle(found: Any, idle: type) -> Any:
 def silenced(module: Any, trainer: Any) -> Iterator[None]:
     """Inside, the module logs to nobody, and in manual optimization steps nothing.
 
-    ``trainer.loggers`` is exchanged because steps write to ``self.logger.experiment`` directly. In manual optimization the
-    step's own optimizer calls are made idle; what it hands to ``manual_backward`` is collected by ``backpropagated``.
+    ``trainer.loggers`` is exchanged because steps write to ``self.logger.experiment`` directly. In manual optimization
+    the step's own optimizer calls are made idle; what it hands to ``manual_backward`` is collected by
+    ``backpropagated``.
     """
     attributes: dict[str, Any] = {"log": _nothing, "log_dict": _nothing, "print": _nothing}
     if not module.automatic_optimization:
@@ -119,8 +120,8 @@ def on_call(
 ) -> Iterator[None]:
     """Calls ``enter()`` before and ``leave(module, output)`` after each call of ``module``.
 
-    ``Module.compile()`` puts a compiled function into the private ``_compiled_call_impl``, inside which forward hooks would be
-    compiled too; there the compiled function itself is wrapped.
+    ``Module.compile()`` puts a compiled function into the private ``_compiled_call_impl``, inside which forward hooks
+    would be compiled too; there the compiled function itself is wrapped.
     """
     compiled = module._compiled_call_impl
     if compiled is None:
@@ -154,8 +155,8 @@ def uncompiled_modules(root: nn.Module) -> Iterator[nn.Module]:
 def wrap_training_step(module: Any, wrapper: Callable[..., Any]) -> Callable[[], None]:
     """Put ``wrapper(step, *args, **kwargs)`` in place of the module's ``training_step``; returns what undoes it.
 
-    An instance attribute is honoured by Lightning inside autocast and inside ``DistributedDataParallel.forward``, and no key
-    of the checkpoint changes. Lightning inspects the signature through ``__wrapped__``, one level deep.
+    An instance attribute is honoured by Lightning inside autocast and inside ``DistributedDataParallel.forward``, and
+    no key of the checkpoint changes. Lightning inspects the signature through ``__wrapped__``, one level deep.
     """
     step = module.training_step
     own = module.__dict__.get("training_step")
@@ -231,8 +232,7 @@ def sharded(trainer: Any) -> bool:
 
 
 UNSUPPORTED_STRATEGIES = {
-    "FSDPStrategy": "its flat parameters cannot be differentiated through by input alone; use strategy=ModelParallelStrategy "
-    "with fully_shard, or ddp",
+    "FSDPStrategy": "it was never tested with extra passes; use ModelParallelStrategy with fully_shard, or ddp",
     "DeepSpeedStrategy": "its engine owns the backward pass; use ddp, or ModelParallelStrategy with fully_shard",
     "XLAStrategy": "it was never tested; use a CPU or GPU accelerator",
     "SingleDeviceXLAStrategy": "it was never tested; use a CPU or GPU accelerator",

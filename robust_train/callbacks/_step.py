@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,40 +39,23 @@ def logits_in(output: Any) -> Tensor | None:
     return logits_in(getattr(output, "logits", None)) if hasattr(output, "logits") else None
 
 
-def find_logits_module(
-    call: Callable[[], Any], root: nn.Module, accept: Callable[[Tensor], bool]
-) -> tuple[nn.Module, Tensor] | None:
-    """Which module's output are the logits: run the step once and watch.
+class StepSkipped(Exception):  # noqa: N818
+    """The user's training step returned None: there is no loss, and nothing to attack."""
 
-    Args:
-        call: runs the step.
-        root: the LightningModule.
-        accept: whether an output looks like logits.
 
-    Returns:
-        The module and its output: the LightningModule itself where the step calls ``self(...)``, else the last of the
-        outermost modules whose output is accepted. None where there is none.
+@dataclass(frozen=True)
+class Layout:
+    """Where things are in the user's batch and module.
+
+    Attributes:
+        input_path: the attacked input in the batch.
+        labels_path: the labels in the batch, or None.
+        logits_module: the submodule whose output are the logits, or None where they are not needed or not known.
     """
-    depth, found = [0], {}
 
-    def leave(module: nn.Module, output: Any) -> None:
-        depth[0] -= 1
-        logits = logits_in(output)
-        if depth[0] == 0 and root not in found and logits is not None and accept(logits):
-            found[module] = logits
-
-    def enter() -> None:
-        depth[0] += 1
-
-    with ExitStack() as stack:
-        for module in dict.fromkeys(uncompiled_modules(root)):
-            if not isinstance(module, Metric):
-                stack.enter_context(on_call(module, leave, enter))
-        call()
-    if not found:
-        return None
-    module = root if root in found else list(found)[-1]
-    return module, found[module]
+    input_path: Path
+    labels_path: Path | None
+    logits_module: nn.Module | None
 
 
 class StepVictim(Victim):
@@ -81,11 +65,9 @@ class StepVictim(Victim):
         module: the LightningModule.
         step: takes a batch, returns what the user's step returns.
         batch: the batch, never written to.
-        input_path: where the attacked input lies.
-        labels_path: where the labels lie, or None.
+        layout: where input, labels and logits are.
         sandbox: keeps extra calls from leaving a trace.
         mode: behaviour of dropout and batch normalisation, see ``crafting_mode``.
-        logits_module: the submodule whose output are the logits, or None where they are not needed or not known.
         own_loss: attack the step's own loss; otherwise the cross-entropy of its logits.
         loss_scale: factor on the own loss against underflow in fp16.
         stop_when_fooled: see ``Victim``.
@@ -96,23 +78,20 @@ class StepVictim(Victim):
         module: Any,
         step: Callable[[Any], Any],
         batch: Any,
-        input_path: Path,
-        labels_path: Path | None,
+        layout: Layout,
         sandbox: Sandbox,
         *,
         mode: str = "eval",
-        logits_module: nn.Module | None = None,
         own_loss: bool = True,
         loss_scale: float = 1.0,
         stop_when_fooled: bool = False,
     ) -> None:
-        self._module, self._step, self._batch, self._sandbox = module, step, batch, sandbox
-        self._input_path, self._labels_path, self._mode = input_path, labels_path, mode
-        self._logits_module, self._own_loss, self._scale = logits_module, own_loss, loss_scale
-        self.labels = None if labels_path is None else get(batch, labels_path)
+        self._module, self._step, self.batch, self._sandbox = module, step, batch, sandbox
+        self.layout, self._mode, self._own_loss, self._scale = layout, mode, own_loss, loss_scale
+        self.labels = None if layout.labels_path is None else get(batch, layout.labels_path)
         self.stop_when_fooled = stop_when_fooled
         provides = {"loss"}
-        if logits_module is not None:
+        if layout.logits_module is not None:
             provides |= {"logits"} | ({"labels"} if self.labels is not None else set())
             provides |= set() if own_loss else {"per_example_loss"}
         self.provides = frozenset(provides)
@@ -127,10 +106,15 @@ class StepVictim(Victim):
 
     def output(self, x: Tensor) -> Any:
         """Whatever the step returns."""
-        return self._called(lambda: self._step(self._batch_with(x)))
+
+        def call() -> Any:
+            with backpropagated(self._module):
+                return self._step(self._batch_with(x))
+
+        return self._called(call)
 
     def logits(self, x: Tensor) -> Tensor:
-        module = self._logits_module
+        module = self.layout.logits_module
         if module is None:
             return super().logits(x)
 
@@ -144,8 +128,8 @@ class StepVictim(Victim):
             except LogitsReached as cut:
                 return cut.logits
             raise ValueError(
-                f"the step did not call {type(module).__name__}, whose output were to be the logits; name the submodule "
-                'that returns them with logits="…"'
+                f"the step did not call {type(module).__name__}, whose output were to be the logits; name the "
+                'submodule that returns them with logits="…"'
             )
 
         logits = logits_in(self._called(call))
@@ -160,13 +144,13 @@ class StepVictim(Victim):
         return (self._own(x) if self._own_loss else classification_loss(logits, self._known_labels())), logits
 
     def take(self, index: Tensor) -> StepVictim:
-        size = len(get(self._batch, self._input_path))
-        return self._changed(batch=take(self._batch, index, size))
+        size = len(get(self.batch, self.layout.input_path))
+        return self._changed(batch=take(self.batch, index, size))
 
     def relabelled(self, labels: Tensor) -> StepVictim:
-        if self._labels_path is None:
+        if self.layout.labels_path is None:
             return super().relabelled(labels)  # type: ignore[return-value]
-        return self._changed(batch=replaced(self._batch, self._labels_path, labels))
+        return self._changed(batch=replaced(self.batch, self.layout.labels_path, labels))
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -190,8 +174,8 @@ class StepVictim(Victim):
                 return torch.stack([loss.reshape(()) for loss in handed]).sum()
             if not self._module.automatic_optimization and x.grad is not None:
                 raise ValueError(
-                    "the training step calls loss.backward() itself; in manual optimization call self.manual_backward(loss), "
-                    "as Lightning asks, so that the loss can be attacked"
+                    "the training step calls loss.backward() itself; in manual optimization call "
+                    "self.manual_backward(loss), as Lightning asks, so that the loss can be attacked"
                 )
             loss = loss_of(output)
             if loss is None or not self._module.automatic_optimization:
@@ -207,18 +191,16 @@ class StepVictim(Victim):
 
     def _batch_with(self, x: Tensor) -> Any:
         # a copy of x as well, so that the user's code may write into its input in place
-        return replaced(fresh(self._batch), self._input_path, x.clone())
+        return replaced(fresh(self.batch), self.layout.input_path, x.clone())
 
     def _changed(self, batch: Any = None, mode: str | None = None, frozen: bool | None = None) -> StepVictim:
         other = StepVictim(
             self._module,
             self._step,
-            self._batch if batch is None else batch,
-            self._input_path,
-            self._labels_path,
+            self.batch if batch is None else batch,
+            self.layout,
             self._sandbox,
             mode=self._mode if mode is None else mode,
-            logits_module=self._logits_module,
             own_loss=self._own_loss,
             loss_scale=self._scale if mode is None else 1.0,
             stop_when_fooled=self.stop_when_fooled,
@@ -228,15 +210,40 @@ class StepVictim(Victim):
         return other
 
 
-class StepSkipped(Exception):  # noqa: N818
-    """The user's training step returned None: there is no loss, and nothing to attack."""
+def find_logits(victim: StepVictim, root: nn.Module) -> nn.Module | None:
+    """The module whose output are the logits of a classification: run the step once and watch.
 
+    Args:
+        victim: the step, with the labels of its batch.
+        root: the LightningModule.
 
-def find_logits(victim_call: Callable[[], Any], module: nn.Module, labels: Any, size: int) -> nn.Module | None:
-    """The module whose output are the logits of a classification, or None where the task has no classes."""
+    Returns:
+        The LightningModule itself where the step calls ``self(...)``, else the last of its outermost modules whose
+        output fits the labels; None where there is none, because the task has no classes.
 
-    def looks_right(logits: Tensor) -> bool:
-        return logits.shape[0] == size and isinstance(labels, Tensor) and is_classification(logits, labels)
+    Raises:
+        StepSkipped: the step returned before it called anything.
+    """
+    depth, calls, found = [0], [], []
 
-    found = find_logits_module(victim_call, module, looks_right)
-    return None if found is None else found[0]
+    def enter() -> None:
+        depth[0] += 1
+        calls.append(depth[0])
+
+    def leave(module: nn.Module, output: Any) -> None:
+        depth[0] -= 1
+        logits = logits_in(output)
+        if depth[0] == 0 and logits is not None and is_classification(logits, victim.labels):
+            found.append(module)
+
+    with ExitStack() as stack:
+        for module in dict.fromkeys(uncompiled_modules(root)):
+            if not isinstance(module, Metric):
+                stack.enter_context(on_call(module, leave, enter))
+        with torch.no_grad():
+            output = victim.output(get(victim.batch, victim.layout.input_path).detach())
+    if not calls and output is None:
+        raise StepSkipped
+    if root in found:
+        return root
+    return found[-1] if found else None

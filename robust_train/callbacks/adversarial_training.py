@@ -13,7 +13,15 @@ from robust_train.callbacks import _seams
 from robust_train.callbacks._batch import Path, find_input, find_labels, get, replaced
 from robust_train.callbacks._callback import Callback, call_text, place_text, plain, submodule
 from robust_train.callbacks._sandbox import MODES, Sandbox
-from robust_train.callbacks._step import StepSkipped, StepVictim, find_logits, logits_in, loss_of, with_loss
+from robust_train.callbacks._step import (
+    Layout,
+    StepSkipped,
+    StepVictim,
+    find_logits,
+    logits_in,
+    loss_of,
+    with_loss,
+)
 from robust_train.evasion.attacks.base import Attack
 from robust_train.evasion.objectives.base import Objective
 from robust_train.evasion.objectives.pgd_at import PGDAT
@@ -30,8 +38,8 @@ WARMUPS = ("eps", "steps", "both")
 class AdversarialTraining(Callback):
     """Trains a model on adversarial examples of itself; the module, its data and its Trainer stay as they are.
 
-    In ``fit`` every call of ``training_step`` is preceded by an attack on the step's own loss, so any task works whose loss
-    can be differentiated in its input. The order of work for one batch::
+    In ``fit`` every call of ``training_step`` is preceded by an attack on the step's own loss, so any task works whose
+    loss can be differentiated in its input. The order of work for one batch::
 
         on_train_batch_start
         training_step:                     # inside autocast and inside DistributedDataParallel.forward
@@ -44,39 +52,47 @@ class AdversarialTraining(Callback):
         attack: how examples are found, for example ``PGD(steps=10)``.
         threat: what the attacker may do.
         objective: what is trained on; None: ``PGDAT()``, the adversarial batch in place of the clean one.
-        inputs: which part of the batch is attacked: an index, a name, or a dotted path (``"views.0"``). None: a tensor named
-            like an input (``x``, ``image``, …), else the first tensor with at least two dimensions, else the first tensor.
-        labels: where the labels are, for what needs them (targeted attacks, torchattacks); None: a tensor named like labels,
-            else the first integer tensor after the input.
-        logits: name of the submodule whose output are the logits (``"net.head"``), for what needs them (TRADES, targeted
-            attacks, torchattacks); None: what ``self(...)`` returns in the step, else what the last of the step's modules does.
+        inputs: which part of the batch is attacked: an index, a name, or a dotted path (``"views.0"``). None: a tensor
+            named like an input (``x``, ``image``, …), else the first tensor with at least two dimensions, else the
+            first tensor.
+        labels: where the labels are, for what needs them (targeted attacks, torchattacks); None: a tensor named like
+            labels, else the first integer tensor after the input.
+        logits: name of the submodule whose output are the logits (``"net.head"``), for what needs them (TRADES,
+            targeted attacks, torchattacks); None: what ``self(...)`` returns in the step, else what the last of the
+            step's modules does.
         mode: how the model behaves while examples are crafted. ``"eval"``: no dropout, running statistics of batch
-            normalisation; ``"batch"``: no dropout, statistics of the batch, running statistics untouched; ``"train"``: as in
-            training. Layers only: the LightningModule itself stays in training mode.
+            normalisation; ``"batch"``: no dropout, statistics of the batch, running statistics untouched; ``"train"``:
+            as in training. Layers only: the LightningModule itself stays in training mode.
         warmup_epochs: epochs over which the attack grows to full strength, linearly.
         warmup: what grows: ``"eps"``, ``"steps"`` or ``"both"``. Override ``schedule`` for anything else.
         seed: seed of the attacks' own random stream; None: the run's (``seed_everything``).
 
     Raises:
-        ValueError: a setting is out of range. In ``setup``: what cannot be combined. With the first batch, before anything is
-            trained: the batch has no such input, or it lies outside of the threat's range (data that the pipeline normalised
+        ValueError: a setting is out of range. In ``setup``: what cannot be combined. With the first batch, before
+            anything is
+            trained: the batch has no such input, or it lies outside of the threat's range (data that the pipeline
+                normalised
             with no ``mean`` and ``std`` in the threat).
         TypeError: ``attack``, ``threat`` or ``objective`` is of another kind, or the input is not floating point.
 
     Note:
-        Known limits: steps that differentiate in their parameters themselves (MAML) find them frozen while examples are crafted;
-        BatchNorm statistics are those of the inputs that the objective trains on; a parameter that a step writes to itself
-        (a momentum teacher) is put back after every extra call if it was written in the first batch of the epoch.
+        Known limits: steps that differentiate in their parameters themselves (MAML) find them frozen while examples are
+        crafted; BatchNorm statistics are those of the inputs that the objective trains on; a parameter that a step
+        writes to itself (a momentum teacher) is put back after every extra call if it was written in the first batch of
+        the epoch.
 
     Guarantees:
-        With ``PGDAT()`` and ``eps = 0`` the run is bit-identical to one without the callback: weights, buffers, Python attributes
-        of the module, logged metrics, in every mode. Ranks of a distributed run keep equal weights. The batch and the dataset
-        are never written to. No checkpoint key changes. After ``fit``, also a failed one, the module is as before.
+        With ``PGDAT()`` and ``eps = 0`` the run is bit-identical to one without the callback: weights, buffers, Python
+        attributes of the module, logged metrics, in every mode. Ranks of a distributed run keep equal weights. The
+        batch and the dataset are never written to. No checkpoint key changes. After ``fit``, also a failed one, the
+        module is as before.
 
     Example::
 
         trainer = Trainer(callbacks=[AdversarialTraining(PGD(steps=10), Threat(eps="8/255"))])
     """
+
+    defends = True
 
     def __init__(
         self,
@@ -169,8 +185,9 @@ class AdversarialTraining(Callback):
         cost = (2 * passes + 3 * (1 + self.objective.extra_passes)) / 3
         self.announce(
             trainer,
-            f"active. {call_text(self.attack)} within the {self.threat.describe()}; objective {call_text(self.objective)}; examples are "
-            f"crafted in {self.mode} mode. Expect about {cost:.1f} x the time of standard training.",
+            f"active. {call_text(self.attack)} within the {self.threat.describe()}; objective "
+            f"{call_text(self.objective)}; examples are crafted in {self.mode} mode. "
+            f"Expect about {cost:.1f} x the time of standard training.",
         )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -205,8 +222,8 @@ class AdversarialTraining(Callback):
     def _refuse_what_cannot_work(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if sum(isinstance(c, AdversarialTraining) for c in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise ValueError(
-                "two AdversarialTraining callbacks in one Trainer would attack each other's batches: keep one, and give it "
-                "attack=WorstCase([...]) for several attacks"
+                "two AdversarialTraining callbacks in one Trainer would attack each other's batches: keep one, and "
+                "give it attack=WorstCase([...]) for several attacks"
             )
         if reason := _seams.unsupported_strategy(trainer):
             raise ValueError(f"AdversarialTraining cannot work with {reason}")
@@ -238,116 +255,89 @@ class AdversarialTraining(Callback):
         crafted = run.crafted
         if crafted is None or crafted.batch is not batch:  # an optimizer with a closure comes here again
             crafted = run.crafted = self._craft(trainer, module, call, batch)
-        if crafted.x_adv is None:  # the step skips this batch
+        if crafted.victim is None:
             return call(batch)
-        return self._train(module, call, crafted)
+        return self._train(module, call, crafted, crafted.victim.training())
 
-    def _craft(self, trainer: pl.Trainer, module: pl.LightningModule, call: Callable[..., Any], batch: Any) -> _Crafted:
+    def _craft(
+        self, trainer: pl.Trainer, module: pl.LightningModule, call: Callable[[Any], Any], batch: Any
+    ) -> _Crafted:
         run = self._run
-        if run.input_path is None:
-            self._look_at_first_batch(batch)
-        assert run.input_path is not None
-        x = get(batch, run.input_path)
-        if run.look_closely:
-            self.threat.check_input(x, f"the batch's input {place_text(run.input_path)}")
-        guarded = (
-            list(module.parameters()) if run.look_closely else [p for p in module.parameters() if p in run.written]
-        )
+        input_path = find_input(batch, self.inputs) if run.layout is None else run.layout.input_path
+        x = get(batch, input_path)
+        if run.look_closely or not x.is_floating_point():
+            self.threat.check_input(x, f"the batch's input {place_text(input_path)}")
+        guarded = [p for p in module.parameters() if run.look_closely or p in run.written]
         sandbox = Sandbox(module, trainer, x.device, guarded)
-        victim = StepVictim(
-            module,
-            call,
-            batch,
-            run.input_path,
-            run.labels_path,
-            sandbox,
-            mode=self.mode,
-            logits_module=self._logits_module(module, call, batch, sandbox),
-            loss_scale=_seams.half_precision_loss_scale(trainer),
-        )
-        attack, threat = self.schedule(self.attack, self.threat, trainer.current_epoch, trainer.global_step)
-        generator = generator_for(x.device, run.seed or 0, trainer.global_rank, trainer.current_epoch, run.batch_idx)
         try:
-            x_adv = attack(self.objective.attacked(victim, x), x, threat, generator)
+            if run.layout is None:
+                run.layout = self._look_at_first_batch(module, call, batch, input_path, sandbox)
+            scale = _seams.half_precision_loss_scale(trainer)
+            victim = StepVictim(module, call, batch, run.layout, sandbox, mode=self.mode, loss_scale=scale)
+            attack, threat = self.schedule(self.attack, self.threat, trainer.current_epoch, trainer.global_step)
+            generator = generator_for(
+                x.device, run.seed or 0, trainer.global_rank, trainer.current_epoch, run.batch_idx
+            )
+            crafted = _Crafted(batch, x, attack(self.objective.attacked(victim, x), x, threat, generator), victim)
         except StepSkipped:
-            x_adv = None
+            crafted = _Crafted(batch, x, x, None)
         run.written |= sandbox.written
         run.look_closely = False
-        return _Crafted(batch, x, x_adv, victim)
+        return crafted
 
-    def _train(self, module: pl.LightningModule, call: Callable[..., Any], crafted: _Crafted) -> Any:
+    def _look_at_first_batch(
+        self, module: pl.LightningModule, call: Callable[[Any], Any], batch: Any, input_path: Path, sandbox: Sandbox
+    ) -> Layout:
+        """Where the labels are, and whose output the logits are; the latter only where something needs it."""
+        labels_path = find_labels(batch, input_path, self.labels)
+        if self.logits is not None:
+            return Layout(input_path, labels_path, submodule(module, self.logits))
+        layout = Layout(input_path, labels_path, None)
+        if "logits" not in self.objective.needs | self.attack.needs:
+            return layout
+        logits_module = find_logits(StepVictim(module, call, batch, layout, sandbox, mode=self.mode), module)
+        if logits_module is None:
+            raise ValueError(
+                f"{type(self.objective).__name__} with {type(self.attack).__name__} needs logits and class labels, and "
+                "none were found in the training step: name the submodule that returns the logits with "
+                'logits="…" and the labels with labels="…", or use PGDAT with PGD, which need neither'
+            )
+        return Layout(input_path, labels_path, logits_module)
+
+    def _train(
+        self, module: pl.LightningModule, call: Callable[[Any], Any], crafted: _Crafted, victim: StepVictim
+    ) -> Any:
         """The user's own step, once, on what the objective asks for; and the objective's part of the loss."""
-        assert self._run.input_path is not None and crafted.x_adv is not None
-        objective, seen = self.objective, []
-        victim = crafted.victim.training()
+        objective, layout, seen = self.objective, victim.layout, []
 
         def total(own: Tensor, first: bool = True) -> Tensor:
             own = own if objective.own_weight == 1.0 else own * objective.own_weight
-            logits = as_logits(seen[0]) if seen else None
-            extra = objective.extra(victim, crafted.x, crafted.x_adv, logits) if first else None
-            loss = own if extra is None else own + extra
-            if first:
-                module.log("train/adv_loss", loss.detach(), prog_bar=True)
+            if not first:
+                return own
+            part = objective.part(victim, crafted.x, crafted.x_adv, as_logits(seen[0]) if seen else None)
+            loss = own if part is None else own + part
+            module.log("train/adv_loss", loss.detach(), prog_bar=True)
             return loss
 
         def reached(_: nn.Module, output: Any) -> None:
             if not seen and (logits := logits_in(output)) is not None:
                 seen.append(logits)
 
-        batch = replaced(
-            crafted.batch,
-            self._run.input_path,
-            crafted.x_adv if objective.trains_on == "adversarial" else crafted.x,
-        )
-        with _seams.watched(self._run.logits_module if objective.uses_logits else None, reached):
-            if module.automatic_optimization:
-                output = call(batch)
-            else:
+        x = crafted.x_adv if objective.trains_on == "adversarial" else crafted.x
+        batch = replaced(crafted.batch, layout.input_path, x)
+        with _seams.watched(layout.logits_module if objective.uses_logits else None, reached):
+            if not module.automatic_optimization:
                 with _seams.before_backward(module, total):
                     return call(batch)
+            output = call(batch)
         own = loss_of(output)
         return output if own is None else with_loss(output, total(own))
 
-    def _look_at_first_batch(self, batch: Any) -> None:
-        run = self._run
-        run.input_path = find_input(batch, self.inputs)
-        run.labels_path = find_labels(batch, run.input_path, self.labels)
-        x = get(batch, run.input_path)
-        if not x.is_floating_point():
-            self.threat.check_input(x, f"the batch's input {place_text(run.input_path)}")
-
-    def _logits_module(
-        self, module: pl.LightningModule, call: Callable[..., Any], batch: Any, sandbox: Sandbox
-    ) -> nn.Module | None:
-        """Found with the first batch; only where something needs it."""
-        run = self._run
-        needed = self.objective.needs | self.attack.needs
-        wanted = "logits" in needed or getattr(self.attack, "targeted", None) is not None
-        if run.logits_known or not wanted and self.logits is None:
-            return run.logits_module
-        run.logits_known = True
-        if self.logits is not None:
-            run.logits_module = submodule(module, self.logits)
-            return run.logits_module
-        assert run.input_path is not None
-        labels = None if run.labels_path is None else get(batch, run.labels_path)
-        victim = StepVictim(module, call, batch, run.input_path, run.labels_path, sandbox, mode=self.mode)
-        x = get(batch, run.input_path).detach()
-        with torch.no_grad(), victim.undisturbed():
-            run.logits_module = find_logits(lambda: victim.loss(x), module, labels, len(x))
-        if run.logits_module is None:
-            raise ValueError(
-                f"{type(self.objective).__name__} with {type(self.attack).__name__} needs logits and class labels, and none were "
-                'found in the training step: name the submodule that returns the logits with logits="…" and the labels with '
-                'labels="…", or use PGDAT with PGD, which need neither'
-            )
-        return run.logits_module
-
 
 class _Crafted:
-    """One batch and its adversarial inputs (None: the step skips the batch)."""
+    """One batch, its adversarial inputs, and the step as a victim (None: the step skips this batch)."""
 
-    def __init__(self, batch: Any, x: Tensor, x_adv: Tensor | None, victim: StepVictim) -> None:
+    def __init__(self, batch: Any, x: Tensor, x_adv: Tensor, victim: StepVictim | None) -> None:
         self.batch, self.x, self.x_adv, self.victim = batch, x, x_adv, victim
 
 
@@ -358,9 +348,6 @@ class _Run:
         self.seed = seed
         self.batch_idx = 0
         self.crafted: _Crafted | None = None
-        self.input_path: Path | None = None
-        self.labels_path: Path | None = None
-        self.logits_module: nn.Module | None = None
-        self.logits_known = False
+        self.layout: Layout | None = None
         self.look_closely = True  # the first batch of an epoch: its range, and which parameters the step writes to
         self.written: set[nn.Parameter] = set()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchmetrics import MeanMetric
 
 from robust_train.callbacks import _seams
 from robust_train.callbacks._batch import find_input, find_labels, fresh, get
 from robust_train.callbacks._callback import Callback, call_text, place_text, plain, submodule
 from robust_train.callbacks._sandbox import Sandbox
-from robust_train.callbacks._step import StepVictim, find_logits, loss_of
+from robust_train.callbacks._step import Layout, StepVictim, find_logits, loss_of
 from robust_train.evasion.attacks.base import Attack
 from robust_train.evasion.evaluate import Verdicts, judge
 from robust_train.evasion.threat import Threat
@@ -23,19 +24,20 @@ if TYPE_CHECKING:
 
 
 class RobustEvaluation(Callback):
-    """Attacks the model in ``fit``'s validation, in ``validate`` and in ``test``, and logs what is left of its accuracy.
+    """Attacks the model in ``fit``'s validation, in ``validate`` and in ``test``, and logs what is left of its
+    accuracy.
 
-    Before each evaluation step the batch's inputs are attacked through the user's own step; then the user's step runs on the clean
-    batch as ever. Logged, with the prefix ``val/`` or ``test/``:
+    Before each evaluation step the batch's inputs are attacked through the user's own step; then the user's step runs
+    on the clean batch as ever. Logged, with the prefix ``val/`` or ``test/``:
 
     * ``clean_acc``: accuracy on the examples that were attacked, before the attack;
     * ``robust_acc``: an example counts only if it is right when clean and under every attack;
-    * ``robust_acc_<attack>``: the same for one attack alone. Examples that are wrong when clean are not attacked, and those
-      that an attack has fooled leave it at once.
+    * ``robust_acc_<attack>``: the same for one attack alone. Examples that are wrong when clean are not attacked, and
+      those that an attack has fooled leave it at once.
 
-    Dense predictions (segmentation) count by the share of each example's positions that are right. Tasks without classes log
-    ``clean_loss``, ``robust_loss`` and ``robust_loss_<attack>`` instead: the loss that the evaluation step returns, or else the
-    training step's, in eval mode; worst case by batch, because only its mean is known.
+    Dense predictions (segmentation) count by the share of each example's positions that are right. Tasks without
+    classes log ``clean_loss``, ``robust_loss`` and ``robust_loss_<attack>`` instead: the loss that the evaluation step
+    returns, or else the training step's, in eval mode; worst case by batch, because only its mean is known.
 
     Args:
         attacks: attacks by name, or one attack.
@@ -45,21 +47,22 @@ class RobustEvaluation(Callback):
         inputs: see ``AdversarialTraining``.
         labels: see ``AdversarialTraining``.
         logits: see ``AdversarialTraining``.
-        name: where two evaluations with different threats stand in one Trainer: part of the names, ``val/<name>/robust_acc``.
+        name: where two evaluations with different threats stand in one Trainer: part of the names,
+            ``val/<name>/robust_acc``.
         seed: seed of the attacks' own random stream; the same in every epoch, so that epochs can be compared.
 
     Raises:
-        ValueError: a setting is out of range; in ``setup``: two evaluations with one name; with the first batch: no such input, or
-            it lies outside of the threat's range.
+        ValueError: a setting is out of range; in ``setup``: two evaluations with one name; with the first batch: no
+            such input, or it lies outside of the threat's range.
         TypeError: an attack is none, or the input is not floating point.
 
     Note:
-        As ``monitor="val/robust_acc"`` of ModelCheckpoint or EarlyStopping: with ``every_n_epochs`` > 1 the last value stands in
-        the epochs between, so give ModelCheckpoint the same ``every_n_epochs``.
+        As ``monitor="val/robust_acc"`` of ModelCheckpoint or EarlyStopping: with ``every_n_epochs`` > 1 the last value
+        stands in the epochs between, so give ModelCheckpoint the same ``every_n_epochs``.
 
     Guarantees:
-        Training with this callback is bit-identical to training without it. ``robust_acc`` never exceeds ``clean_acc`` or any
-        ``robust_acc_<attack>``.
+        Training with this callback is bit-identical to training without it. ``robust_acc`` never exceeds ``clean_acc``
+        or any ``robust_acc_<attack>``.
 
     Example::
 
@@ -87,8 +90,8 @@ class RobustEvaluation(Callback):
                 raise TypeError(f"robust_evaluation.attacks.{key} must be a robust_train Attack, got {attack!r}")
             if attack.reach > 1:
                 raise ValueError(
-                    f"robust_evaluation.attacks.{key}: {call_text(attack)} leaves the ball by a factor of {attack.reach:g}; it is "
-                    "made for training. Evaluate with one that stays inside (project=true)"
+                    f"robust_evaluation.attacks.{key}: {call_text(attack)} leaves the ball by a factor of "
+                    f"{attack.reach:g}; it is made for training. Evaluate with one that stays inside (project=true)"
                 )
         if not isinstance(threat, Threat):
             raise TypeError(f"robust_evaluation.threat must be a robust_train Threat, got {threat!r}")
@@ -118,8 +121,8 @@ class RobustEvaluation(Callback):
         twins = [c for c in trainer.callbacks if isinstance(c, RobustEvaluation) and c.name == self.name]  # type: ignore[attr-defined]
         if len(twins) > 1:
             raise ValueError(
-                f"two RobustEvaluation callbacks with name={self.name!r} would write the same metrics: give each a name of its "
-                "own, or one callback all attacks"
+                f"two RobustEvaluation callbacks with name={self.name!r} would write the same metrics: give each "
+                "a name of its own, or one callback all attacks"
             )
         if stage in ("fit", "validate", "test"):
             attacks = ", ".join(f"{name}: {call_text(attack)}" for name, attack in self.attacks.items())
@@ -178,56 +181,52 @@ class RobustEvaluation(Callback):
             input_path = find_input(batch, self.inputs)
             x = get(batch, input_path)
             self.threat.check_input(x, f"the {stage} batch's input {place_text(input_path)}")
-            labels_path = find_labels(batch, input_path, self.labels)
+            layout = Layout(input_path, find_labels(batch, input_path, self.labels), None)
             sandbox = Sandbox(module, trainer, x.device)
 
             def victim(how: _HowToCall) -> StepVictim:
+                classes = how.logits_module is not None
                 return StepVictim(
                     module,
                     lambda b: how.step(b, *_seams.step_arguments(how.step, batch_idx, loader_idx)),
                     batch,
-                    input_path,
-                    labels_path,
+                    replace(layout, logits_module=how.logits_module),
                     sandbox,
-                    logits_module=how.logits_module,
-                    own_loss=how.logits_module is None,
-                    loss_scale=_seams.half_precision_loss_scale(trainer) if how.logits_module is None else 1.0,
-                    stop_when_fooled=how.logits_module is not None and not _seams.sharded(trainer),
+                    own_loss=not classes,
+                    loss_scale=1.0 if classes else _seams.half_precision_loss_scale(trainer),
+                    stop_when_fooled=classes and not _seams.sharded(trainer),
                 )
 
             if self._model is None:
-                self._model = self._how_to_call(module, stage, victim, x)
-            verdicts = judge(
-                victim(self._model), x, self.threat, self.attacks, self.seed, trainer.global_rank, batch_idx
-            )
+                self._model = self._how_to_call(module, stage, victim)
+            seed = (self.seed, trainer.global_rank, loader_idx, batch_idx)
+            verdicts = judge(victim(self._model), x, self.threat, self.attacks, *seed)
         self._record(verdicts, len(x))
 
     def _how_to_call(
-        self, module: pl.LightningModule, stage: str, victim: Callable[[_HowToCall], StepVictim], x: Tensor
+        self, module: pl.LightningModule, stage: str, victim: Callable[[_HowToCall], StepVictim]
     ) -> _HowToCall:
         """With the first batch: whether the task has classes, and whose output are the logits."""
         step = getattr(module, f"{stage}_step")
         if self.logits is not None:
             return _HowToCall(step, submodule(module, self.logits))
-        plain_victim, returned = victim(_HowToCall(step, None)), []
-
-        def call() -> None:
-            returned.append(plain_victim.output(x))
-
-        with torch.no_grad():
-            logits_module = find_logits(call, module, plain_victim.labels, len(x))
+        logits_module = find_logits(victim(_HowToCall(step, None)), module)
         if logits_module is not None:
             return _HowToCall(step, logits_module)
         needy = [name for name, attack in self.attacks.items() if "logits" in attack.needs]
         if needy:
             raise ValueError(
-                f"{', '.join(needy)} need logits and class labels, and none were found in {stage}_step: name the submodule that "
-                'returns the logits with logits="…" and the labels with labels="…", or use PGD, which needs neither'
+                f"{', '.join(needy)} need logits and class labels, and none were found in {stage}_step: name the "
+                'submodule that returns the logits with logits="…" and the labels with labels="…", or use PGD, which '
+                "needs neither"
             )
         # a task without classes: the loss of this step where it returns one, else that of the (unwrapped) training step
-        if loss_of(returned[0]) is not None:
-            return _HowToCall(step, None)
-        return _HowToCall(getattr(module.training_step, "__wrapped__", module.training_step), None)
+        plain_victim = victim(_HowToCall(step, None))
+        with torch.no_grad():
+            returned = plain_victim.output(get(plain_victim.batch, plain_victim.layout.input_path))
+        if loss_of(returned) is None:
+            step = getattr(module.training_step, "__wrapped__", module.training_step)
+        return _HowToCall(step, None)
 
     def _record(self, verdicts: Verdicts, size: int) -> None:
         kind = "loss" if verdicts.is_loss else "acc"

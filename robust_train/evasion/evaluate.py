@@ -21,8 +21,8 @@ class Verdicts:
     """What attacks did to one batch.
 
     Attributes:
-        clean: score of each clean example ``(B,)`` (share of its outputs that is right), or its loss; a scalar loss where
-            only the batch's mean is known.
+        clean: score of each clean example ``(B,)`` (share of its outputs that is right), or its loss; a scalar loss
+            where only the batch's mean is known.
         attacked: the same under each attack.
         adversarial: inputs that each attack found ``(B, ...)``.
         is_loss: the numbers are losses (higher is worse), because the task has no classes.
@@ -47,8 +47,8 @@ def judge(victim: Victim, x: Tensor, threat: Threat, attacks: Mapping[str, Attac
         victim: the model under attack; with ``stop_when_fooled`` examples leave an attack once they are misclassified.
         x: clean inputs ``(B, ...)``.
         threat: what the attacker may do.
-        attacks: attacks by name. Each starts from the examples that are right when clean: the others are fooled already, and
-            what one attack finds does not change the number reported for another.
+        attacks: attacks by name. Each starts from the examples that are right when clean: the others are fooled
+            already, and what one attack finds does not change the number reported for another.
         seed: parts of the seed; attacks draw from streams of their own.
 
     Returns:

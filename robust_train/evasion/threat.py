@@ -153,8 +153,9 @@ class Threat:
 
     def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest legal model input around ``x``; the clean value itself is always legal."""
-        low = torch.minimum(self.from_pixels(self._vector(self.low, x)), x)
-        high = torch.maximum(self.from_pixels(self._vector(self.high, x)), x)
+        mean, std = self._vector(0.0 if self.mean is None else self.mean, x), self._std(x)
+        low = torch.minimum((self._vector(self.low, x) - mean) / std, x)
+        high = torch.maximum((self._vector(self.high, x) - mean) / std, x)
         if self.mutable is not None:
             movable = self._vector(tuple(float(m) for m in self.mutable), x) > 0
             low, high = torch.where(movable, low, x), torch.where(movable, high, x)
@@ -168,8 +169,8 @@ class Threat:
             x: clean inputs, same shape and dtype.
 
         Returns:
-            Tensor of the same shape, inside ball and box up to rounding. The L1 projection onto ball and box together is
-            exact (bisection on its multiplier); for L2 the ball comes first, then the box, as is usual.
+            Tensor of the same shape, inside ball and box up to rounding. The L1 projection onto ball and box together
+            is exact (bisection on its multiplier); for L2 the ball comes first, then the box, as is usual.
 
         Reference:
             Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, section 2.1;

@@ -72,8 +72,8 @@ class ClassifierVictim(Victim):
         stop_when_fooled: see ``Victim``.
 
     Guarantees:
-        Inside ``undisturbed()`` parameters take no gradients; afterwards parameters, ``.grad``, buffers, ``requires_grad``
-        and modes are as before, also after an exception.
+        Inside ``undisturbed()`` parameters take no gradients; afterwards parameters, ``.grad``, buffers,
+        ``requires_grad`` and modes are as before, also after an exception.
     """
 
     provides = frozenset({"loss", "per_example_loss", "logits", "labels"})

@@ -63,7 +63,8 @@ def test_enclose_keeps_ball_and_box_in_every_dtype(norm, dtype, eps, normalised,
     assert bool((threat.size(out, x) <= eps * (1 + 1e-6)).all())
     low, high = threat.box(x.double())
     slack = 1e-12
-    assert bool((out.double() >= low - slack).all()) and bool((out.double() <= high + slack).all())
+    assert bool((out.double() >= low - slack).all())
+    assert bool((out.double() <= high + slack).all())
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
@@ -108,7 +109,8 @@ def test_l1_projection_is_the_nearest_point():
     delta, room = torch.randn(50, 12, generator=g, dtype=torch.float64), torch.rand(50, 12, generator=g).double()
     eps = 1.0
     nearest = _project_l1(delta, room, eps, iterations=60)
-    assert bool((nearest.abs().sum(1) <= eps + 1e-9).all()) and bool((nearest.abs() <= room + 1e-12).all())
+    assert bool((nearest.abs().sum(1) <= eps + 1e-9).all())
+    assert bool((nearest.abs() <= room + 1e-12).all())
     for _ in range(200):  # no other feasible point is nearer
         other = torch.minimum(torch.rand(delta.shape, generator=g).double() * 2, room) * delta.sign()
         other = other * (eps / other.abs().sum(1, keepdim=True)).clamp(max=1)

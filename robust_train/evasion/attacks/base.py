@@ -16,21 +16,25 @@ from robust_train.evasion.victim import Victim
 class Attack(ABC):
     """Settings of an attack; calling it perturbs a batch.
 
-    To add one, write a file with a pure function and a frozen dataclass that implements ``perturb``, and a yaml of the same
-    name in ``conf/attack/``; the contract tests find it there.
+    To add one, write a file with a pure function and a frozen dataclass that implements ``perturb``, and a yaml of the
+    same name in ``conf/attack/``; the contract tests find it there.
 
     Attributes:
-        needs: what the victim must provide.
         family: ``"gradient"``, ``"noise"``, ``"ensemble"`` or ``"external"``: which contract tests apply.
 
     Guarantees:
         The result lies in the threat's ball (times ``reach``) and box, in float32, float64 and bfloat16; ``eps = 0``
-        returns ``x`` bit for bit; the same generator state gives the same result; inputs, labels, parameters, ``.grad``,
-        buffers, modes and the global random state are as before, also after an exception; no parameter gradient is computed.
+        returns ``x`` bit for bit; the same generator state gives the same result; inputs, labels, parameters,
+        ``.grad``, buffers, modes and the global random state are as before, also after an exception; no parameter
+        gradient is computed.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"loss"})
     family: ClassVar[str] = "gradient"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the victim must provide: of ``"loss"``, ``"per_example_loss"``, ``"logits"`` and ``"labels"``."""
+        return frozenset({"loss"})
 
     @property
     def reach(self) -> float:

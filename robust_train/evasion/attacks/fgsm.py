@@ -47,8 +47,8 @@ def fgsm(
 class FGSM(Attack):
     """Single-step attack.
 
-    ``FGSM()`` is Goodfellow et al.'s; ``FGSM(step=1.25, noise=1)`` is FGSM-RS, the start of "fast" adversarial training;
-    ``FGSM(noise=2, project=False)`` is N-FGSM, whose examples leave the ball on purpose: for training only.
+    ``FGSM()`` is Goodfellow et al.'s; ``FGSM(step=1.25, noise=1)`` is FGSM-RS, the start of "fast" adversarial
+    training; ``FGSM(noise=2, project=False)`` is N-FGSM, whose examples leave the ball on purpose: for training only.
 
     Args:
         step: length of the step as a multiple of ``eps``, > 0.
@@ -59,8 +59,8 @@ class FGSM(Attack):
         ValueError: a setting is out of range.
 
     Reference:
-        Goodfellow et al., "Explaining and Harnessing Adversarial Examples", 2015, section 4; Wong et al., "Fast is Better
-        than Free", 2020, algorithm 3; de Jorge et al., "Make Some Noise", 2022, algorithm 1.
+        Goodfellow et al., "Explaining and Harnessing Adversarial Examples", 2015, section 4; Wong et al., "Fast is
+        Better than Free", 2020, algorithm 3; de Jorge et al., "Make Some Noise", 2022, algorithm 1.
     """
 
     step: float = 1.0

@@ -43,8 +43,8 @@ def pgd(
         generator: source of the random starts.
 
     Returns:
-        Tensor of ``x``'s shape, in working precision. Where ``victim.stop_when_fooled``, examples leave the attack as soon
-        as one of their iterates is misclassified, and that iterate is returned.
+        Tensor of ``x``'s shape, in working precision. Where ``victim.stop_when_fooled``, examples leave the attack as
+        soon as one of their iterates is misclassified, and that iterate is returned.
 
     Reference:
         Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, section 2.1.
@@ -126,6 +126,10 @@ class PGD(Attack):
             raise ValueError(f"pgd.targeted must be one of {', '.join(TARGETS)} or null, got {self.targeted!r}")
 
     @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"loss"} if self.targeted is None else {"loss", "logits", "labels"})
+
+    @property
     def passes(self) -> float:
         return float(self.steps * self.restarts)
 
@@ -150,8 +154,6 @@ class PGD(Attack):
 
 def _targets(kind: str, victim: Victim, x: Tensor, generator: torch.Generator) -> Tensor:
     """A wrong class for each example ``(B,)``."""
-    if missing := sorted({"logits", "labels"} - victim.provides):
-        raise ValueError(f"a targeted attack needs {' and '.join(missing)}, which this model does not provide")
     with torch.no_grad():
         logits = victim.logits(x)
     if logits.ndim != 2 or logits.shape[1] < 2:

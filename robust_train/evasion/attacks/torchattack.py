@@ -50,9 +50,10 @@ class TorchAttack(Attack):
     """An attack of torchattacks, run on any victim that has logits and labels.
 
     The threat supplies ``eps`` and the norm; where the class takes ``alpha`` and you give none it is
-    ``2.5 * eps / steps`` (torchattacks' fixed 2/255 would be far too small or too large elsewhere). The result is projected
-    onto ball and box, so attacks without a radius (CW, DeepFool, …) are judged within the threat like all others.
-    torchattacks' class ``AutoAttack`` runs 10 iterations where the standard has 100: it is not the standard AutoAttack.
+    ``2.5 * eps / steps`` (torchattacks' fixed 2/255 would be far too small or too large elsewhere). The result is
+    projected onto ball and box, so attacks without a radius (CW, DeepFool, …) are judged within the threat like all
+    others. torchattacks' class ``AutoAttack`` runs 10 iterations where the standard has 100: it is not the standard
+    AutoAttack.
 
     Args:
         name: the class's name in torchattacks, for example ``"APGD"``.
@@ -66,7 +67,6 @@ class TorchAttack(Attack):
         Kim, "Torchattacks: A PyTorch Repository for Adversarial Attacks", 2020.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"logits", "labels"})
     family: ClassVar[str] = "external"
 
     name: str = "APGD"
@@ -82,6 +82,10 @@ class TorchAttack(Attack):
         for key in ("eps", "norm"):
             if key in self.settings:
                 raise ValueError(f"{key} belongs to the threat (threat.{key}=…), not to torchattacks.{self.name}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"logits", "labels"})
 
     @property
     def passes(self) -> float:
@@ -111,8 +115,8 @@ class TorchAttack(Attack):
             library = importlib.import_module("torchattacks")
         except ImportError as error:
             raise ImportError(
-                "torchattacks is not installed: pip install 'robust-train[torchattacks]'. If its pin of requests clashes or "
-                "torchvision cannot be had, pip install --no-deps torchattacks works: its code imports neither."
+                "torchattacks is not installed: pip install 'robust-train[torchattacks]'. If its pin of requests "
+                "clashes or torchvision cannot be had: pip install --no-deps torchattacks (its code imports neither)."
             ) from error
         if self.name in WRAPPERS:
             raise ValueError(f"torchattacks.{self.name} {WRAPPERS[self.name]}: it cannot be run by name")

@@ -27,8 +27,8 @@ def worst_case(
         generator: source of all randomness.
 
     Returns:
-        Of each example the candidate with the highest loss, or the first that is misclassified; of the whole batch where
-        the victim knows only its mean loss. ``(B, ...)``.
+        Of each example the candidate with the highest loss, or the first that is misclassified; of the whole batch
+        where the victim knows only its mean loss. ``(B, ...)``.
     """
     best, best_loss = x.clone(), None
     alive = torch.arange(len(x), device=x.device)
@@ -61,7 +61,6 @@ class WorstCase(Attack):
         TypeError: one of them is not an attack.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()  # each member checks its own
     family: ClassVar[str] = "ensemble"
 
     attacks: Sequence[Attack] | Mapping[str, Attack] = ()
@@ -79,6 +78,10 @@ class WorstCase(Attack):
     def members(self) -> tuple[Attack, ...]:
         """The attacks in the order in which they run."""
         return tuple(self.attacks)  # type: ignore[arg-type]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(attack.needs for attack in self.members))
 
     @property
     def reach(self) -> float:

@@ -13,15 +13,15 @@ from robust_train.evasion.victim import Victim
 class Objective(ABC):
     """What a model is trained on, given clean inputs ``x`` and adversarial inputs ``x_adv``.
 
-    The loss that is backpropagated is ``own_weight * own + extra``, where ``own`` is the user's own training loss on the inputs
-    that ``trains_on`` names, and ``extra`` is the objective's part.
+    The loss that is backpropagated is ``own_weight * own + part``, where ``own`` is the user's own training loss on
+    the inputs that ``trains_on`` names, and ``part`` is the objective's part.
 
     Attributes:
         needs: what the victim must provide.
         needs_random_start: the attacked loss has no gradient at ``x`` itself.
         trains_on: ``"adversarial"`` or ``"clean"``: which inputs the user's own step is given.
         own_weight: factor on the user's own loss.
-        uses_logits: ``extra`` reads the logits of the user's own forward pass.
+        uses_logits: ``part`` reads the logits of the user's own forward pass.
         extra_passes: training passes on top of the user's own, for the printed estimate of cost.
     """
 
@@ -43,7 +43,7 @@ class Objective(ABC):
         return victim
 
     @abstractmethod
-    def extra(self, victim: Victim, x: Tensor, x_adv: Tensor, logits: Tensor | None) -> Tensor | None:
+    def part(self, victim: Victim, x: Tensor, x_adv: Tensor, logits: Tensor | None) -> Tensor | None:
         """The objective's own part of the loss, a scalar with gradients, or None.
 
         Args:

@@ -42,5 +42,5 @@ class PGDAT(Objective):
     def extra_passes(self) -> float:
         return 1.0 if self.clean_weight else 0.0
 
-    def extra(self, victim: Victim, x: Tensor, x_adv: Tensor, logits: Tensor | None) -> Tensor | None:
+    def part(self, victim: Victim, x: Tensor, x_adv: Tensor, logits: Tensor | None) -> Tensor | None:
         return self.clean_weight * victim.loss(x).mean() if self.clean_weight else None

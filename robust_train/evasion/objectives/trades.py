@@ -62,7 +62,8 @@ class TRADES(Objective):
         With ``eps = 0`` the gradient equals the user's own up to float rounding.
 
     Reference:
-        Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", 2019, section 3.3, equation 5.
+        Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", 2019, section 3.3, equation
+        5.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
@@ -84,7 +85,7 @@ class TRADES(Objective):
         with torch.no_grad(), victim.undisturbed():
             return _DivergenceVictim(victim, victim.logits(x).detach())
 
-    def extra(self, victim: Victim, x: Tensor, x_adv: Tensor, logits: Tensor | None) -> Tensor | None:
+    def part(self, victim: Victim, x: Tensor, x_adv: Tensor, logits: Tensor | None) -> Tensor | None:
         if logits is None:
             raise ValueError("TRADES needs the logits of the training step")
         return self.beta * prediction_divergence(logits, victim.logits(x_adv)).mean()

@@ -1,0 +1,252 @@
+"""The command ``robust-train``: train with a recipe, judge the result, and show what it bought."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from robust_train.config import ConfigError, build
+from robust_train.hydra_plugin import config_dir, register
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+CURVE_STEPS = 20
+
+
+def main() -> None:
+    """Entry point; torch is imported only once a run begins, so that ``--help`` answers at once."""
+    register()
+    if not getattr(sys.flags, "safe_path", False):  # a console script does not see the modules beside it
+        sys.path.insert(0, os.getcwd())
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
+    hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name="train")(run)()
+
+
+def run(cfg: DictConfig) -> float:
+    """Train, judge, write ``result.json`` and ``figure.svg`` into the run's folder, and print the table.
+
+    Args:
+        cfg: ``conf/train.yaml``, composed.
+
+    Returns:
+        The hardened model's worst-case accuracy on the test set (for a task without classes, minus its loss).
+    """
+    try:
+        return _run(cfg)
+    except ConfigError as error:
+        raise SystemExit(f"robust-train: {error}") from None
+
+
+def _run(cfg: DictConfig) -> float:
+    from hydra.core.hydra_config import HydraConfig
+
+    from robust_train.report import comparison
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    recipe = HydraConfig.get().runtime.choices.get("recipe", "recipe")
+    for node in ("model", "data", "trainer", "callbacks", "judge"):
+        if node not in cfg:
+            raise ConfigError(f"{node}: missing; the composed config has {', '.join(map(str, cfg))}")
+    threat = build(cfg.threat, allow=list(cfg.allow))
+    attacks = _judges(cfg)
+    names = (["standard"] if cfg.baseline else []) + [recipe]
+    results, models = {}, {}
+    for name in names:
+        print(f"\n=== {name}: training, then judging ===" if cfg.baseline else f"\n=== {name} ===", flush=True)
+        start = time.perf_counter()
+        models[name], data = _train(cfg, folder / name if cfg.baseline else folder, defended=name == recipe)
+        seconds = time.perf_counter() - start
+        results[name] = {**_judge(cfg, models[name], data, threat, attacks), "train_seconds": round(seconds, 1)}
+    rows = _pictures(models, threat, attacks, cfg)
+    summary = {
+        "recipe": recipe,
+        "threat": threat.describe(),
+        "seed": cfg.seed,
+        "judged_on": "test set, worst case over the attacks that ran",
+        "attacks": {name: str(attack) for name, attack in attacks.items()},
+        "results": results,
+        "versions": _versions(),
+        "config": OmegaConf.to_container(cfg, resolve=True),
+    }
+    (folder / "result.json").write_text(json.dumps(summary, indent=2, default=str) + "\n", encoding="utf-8")
+    (folder / "result.csv").write_text(comparison.as_csv(results), encoding="utf-8")
+    (folder / "figure.svg").write_text(
+        comparison.figure(results, threat=threat.describe(), eps=threat.radius, rows=rows), encoding="utf-8"
+    )
+    print("\n" + comparison.as_table(results, threat.describe()))
+    print(f"\nEverything is in {folder}: result.json, result.csv, figure.svg, metrics.csv and checkpoints/.")
+    final = results[recipe]
+    return final["robust_acc"] if "robust_acc" in final else -final["robust_loss"]
+
+
+def _judges(cfg: DictConfig) -> dict[str, Any]:
+    """The attacks that judge; says aloud which of them cannot run."""
+    nodes: Any = OmegaConf.to_container(cfg.judge.attacks, resolve=True)
+    if find_spec("torchattacks") is None:
+        for name in [n for n, node in nodes.items() if node and str(node.get("_target_")).endswith("TorchAttack")]:
+            del nodes[name]
+            print(f"judge.attacks.{name} is not run: torchattacks is not installed (see README, Dependencies).")
+    attacks = build({str(name): node for name, node in nodes.items() if node}, allow=list(cfg.allow))
+    if not attacks:
+        raise ConfigError("judge.attacks: no attack is left to judge with; name at least one")
+    return attacks
+
+
+def _train(cfg: DictConfig, folder: Path, *, defended: bool) -> tuple[pl.LightningModule, pl.LightningDataModule]:
+    """One training run in ``folder``; the undefended twin gets the same seed and everything but the defences."""
+    import pytorch_lightning as pl
+    from pytorch_lightning.callbacks import ModelCheckpoint
+    from pytorch_lightning.loggers import CSVLogger
+
+    allow = list(cfg.allow)
+    pl.seed_everything(cfg.seed, workers=True)
+    data, model = build(cfg.data, allow=allow), build(cfg.model, allow=allow)
+    if cfg.ckpt is not None:
+        _load_weights(model, Path(hydra.utils.to_absolute_path(cfg.ckpt)))
+    callbacks = [c for c in build(cfg.callbacks, allow=allow).values() if c is not None]
+    if not defended:
+        callbacks = [c for c in callbacks if not getattr(c, "defends", False)]
+    callbacks.append(ModelCheckpoint(folder / "checkpoints", filename="epoch{epoch}", auto_insert_metric_name=False))
+    logger = CSVLogger(folder, name="", version="")
+    trainer = build(
+        {
+            **OmegaConf.to_container(cfg.trainer, resolve=True),  # type: ignore[dict-item]
+            "callbacks": callbacks,
+            "logger": logger,
+            "default_root_dir": str(folder),
+        },
+        allow=allow,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning's own affair
+        trainer.fit(model, data)
+    return model, data
+
+
+def _load_weights(model: pl.LightningModule, path: Path) -> None:
+    """Weights of a checkpoint, and nothing else of it."""
+    import torch
+
+    if not path.is_file():
+        raise ConfigError(f"ckpt: there is no file {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(checkpoint.get("state_dict", checkpoint))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"ckpt: {path} does not fit model={type(model).__name__}: {reason}") from error
+
+
+def _judge(
+    cfg: DictConfig, model: pl.LightningModule, data: pl.LightningDataModule, threat: Any, attacks: dict[str, Any]
+) -> dict[str, Any]:
+    """Metrics of the test set under the judging attacks, and the curve over eps."""
+    import pytorch_lightning as pl
+
+    from robust_train import PGD, RobustEvaluation
+
+    shared: dict[str, Any] = {"limit_batches": cfg.judge.limit_batches, "seed": cfg.seed}
+    if settings := cfg.callbacks.get("robust_evaluation"):  # how the user's batch is read
+        shared |= {key: settings.get(key) for key in ("inputs", "labels", "logits")}
+    evaluations = [RobustEvaluation(attacks, threat, **shared)]
+    factors = [float(f) for f in cfg.judge.curve]
+    for i, factor in enumerate(factors):
+        evaluations.append(
+            RobustEvaluation({"pgd": PGD(steps=CURVE_STEPS)}, threat.scaled(factor), name=f"curve{i}", **shared)
+        )
+    keys = ("accelerator", "devices", "precision", "limit_test_batches", "fast_dev_run", "enable_progress_bar")
+    with warnings.catch_warnings(), _quiet():
+        trainer = pl.Trainer(
+            **{key: cfg.trainer[key] for key in keys if key in cfg.trainer},
+            callbacks=evaluations,  # type: ignore[arg-type]
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        measured = {k: float(v) for k, v in trainer.test(model, data, verbose=False)[0].items()}
+    own = {k.removeprefix("test/"): v for k, v in measured.items() if k.startswith("test/") and "curve" not in k}
+    kind = "acc" if "test/robust_acc" in measured else "loss"
+    curve = [[0.0, own[f"clean_{kind}"]]]
+    curve += [[f * threat.radius, measured[f"test/curve{i}/robust_{kind}"]] for i, f in enumerate(factors)]
+    return {**own, "curve": curve if factors else []}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Judging makes several evaluations at once; what they announce is in ``result.json``."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _pictures(
+    models: dict[str, Any], threat: Any, attacks: dict[str, Any], cfg: DictConfig
+) -> list[dict[str, Any]] | None:
+    """The first test image of up to eight classes, clean and attacked; None where the batch is no (image, class)."""
+    import torch
+
+    from robust_train import ClassifierVictim
+    from robust_train.evasion.randomness import generator_for
+
+    data = build(cfg.data, allow=list(cfg.allow))
+    data.prepare_data()
+    data.setup("test")
+    batch = next(iter(data.test_dataloader()))
+    if not isinstance(batch, (list, tuple)) or len(batch) != 2 or not all(isinstance(t, torch.Tensor) for t in batch):
+        return None
+    x, labels = batch
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or labels.ndim != 1 or labels.is_floating_point():
+        return None
+    first = [int((labels == label).nonzero()[0]) for label in labels.unique()[:8]]
+    x, labels, attack = x[first], labels[first], next(iter(attacks.values()))
+    rows = []
+    for name, model in models.items():
+        model = model.eval().cpu()
+        victim = ClassifierVictim(model, labels, stop_when_fooled=True)
+        x_adv = attack(victim, x, threat, generator_for(x.device, "pictures", cfg.seed))
+        with torch.no_grad():
+            clean, fooled = model(x).argmax(1), model(x_adv).argmax(1)
+        rows.append(
+            {
+                "name": name,
+                "labels": labels.tolist(),
+                "clean": {"images": threat.to_pixels(x), "predicted": clean.tolist()},
+                "attacked": {"images": threat.to_pixels(x_adv), "predicted": fooled.tolist()},
+            }
+        )
+    return rows
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": sys.version.split()[0]}
+    for name in ("robust-train", "torch", "pytorch-lightning", "hydra-core", "torchattacks"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+if __name__ == "__main__":
+    main()

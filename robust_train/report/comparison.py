@@ -1,0 +1,136 @@
+"""Runs side by side: a table for the terminal, rows for a spreadsheet, and a figure to look at."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .charts import Series, line_chart
+from .pages import page
+from .pictures import Tile, diverging, image_grid
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def _kind(results: Results) -> str:
+    return "acc" if all("robust_acc" in r for r in results.values()) else "loss"
+
+
+def _columns(results: Results) -> list[tuple[str, str]]:
+    """Metric and heading of every column: clean, each attack, and the worst case over them."""
+    kind = _kind(results)
+    attacks = dict.fromkeys(
+        key.removeprefix(f"robust_{kind}_") for r in results.values() for key in r if key.startswith(f"robust_{kind}_")
+    )
+    named = [(f"robust_{kind}_{attack}", attack) for attack in attacks]
+    return [(f"clean_{kind}", "clean"), *named, (f"robust_{kind}", "worst case")]
+
+
+def _shown(value: Any, kind: str) -> str:
+    if value is None:
+        return "not run"
+    return f"{100 * value:.1f} %" if kind == "acc" else f"{value:.4g}"
+
+
+def as_table(results: Results, threat: str) -> str:
+    """A plain-text table: one row a run, one column an attack.
+
+    Args:
+        results: metrics of each run by name: ``clean_acc``, ``robust_acc``, ``robust_acc_<attack>`` (or ``…_loss``).
+        threat: the threat in words, for the heading.
+    """
+    kind, columns = _kind(results), _columns(results)
+    head = ["", *(heading for _, heading in columns), "training"]
+    body = [
+        [name, *(_shown(r.get(key), kind) for key, _ in columns), f"{r['train_seconds']:.0f} s"]
+        for name, r in results.items()
+    ]
+    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+    rows = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in [head, *body]
+    ]
+    what = "accuracy" if kind == "acc" else "loss"
+    return "\n".join([f"Test {what} within the {threat}", rows[0], "-" * len(rows[0]), *rows[1:]])
+
+
+def as_csv(results: Results) -> str:
+    """The same numbers, unrounded, one row a run."""
+    columns = _columns(results)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["run", *(key for key, _ in columns), "train_seconds"])
+    for name, r in results.items():
+        writer.writerow([name, *(r.get(key, "") for key, _ in columns), r["train_seconds"]])
+    return out.getvalue()
+
+
+def figure(results: Results, *, threat: str, eps: float, rows: Sequence[Mapping[str, Any]] | None) -> str:
+    """Accuracy against eps, and beneath it clean and adversarial examples; one self-contained SVG.
+
+    Args:
+        results: as in ``as_table``, each with ``curve``: points ``[eps, value]``.
+        threat: the threat in words.
+        eps: the radius that was trained against.
+        rows: for each run ``name``, ``labels``, and ``clean`` and ``attacked`` with ``images`` (N, C, H, W) in pixels
+            and ``predicted`` classes; None leaves the pictures out.
+    """
+    kind, parts = _kind(results), []
+    lines = [Series(n, *zip(*r["curve"], strict=True)) for n, r in results.items() if r.get("curve")]
+    if lines:
+        parts.append(
+            line_chart(
+                lines,
+                title="Accuracy as the attacker gets stronger"
+                if kind == "acc"
+                else "Loss as the attacker gets stronger",
+                subtitle="Test set; PGD-20 at every radius but 0, which is clean.",
+                x_label="eps (pixels, in the threat's norm)",
+                y_label="accuracy under attack" if kind == "acc" else "loss under attack",
+                percent=kind == "acc",
+                marks=[(eps, "the threat")],
+            )
+        )
+    if rows:
+        parts.append(_pictures(rows, eps))
+    table = as_table(results, threat).split("\n")
+    return page(parts, title="What the defence bought", subtitle=table[0] + ".", footer="\n".join(_sentences(results)))
+
+
+def _sentences(results: Results) -> list[str]:
+    kind = _kind(results)
+    return [
+        f"{name}: " + ", ".join(f"{heading} {_shown(r.get(key), kind)}" for key, heading in _columns(results)) + "."
+        for name, r in results.items()
+    ]
+
+
+def _pictures(rows: Sequence[Mapping[str, Any]], eps: float) -> str:
+    """Clean images first; then for each run what the attack made of them, and the perturbation."""
+    labels = rows[0]["labels"]
+    clean = rows[-1]["clean"]
+    grid = [_tiles(clean["images"], clean["predicted"], labels)]
+    names = [f"clean\nseen by {rows[-1]['name']}"]
+    for row in rows:
+        grid.append(_tiles(row["attacked"]["images"], row["attacked"]["predicted"], labels))
+        names.append(f"attacked\nseen by {row['name']}")
+        moved = row["attacked"]["images"] - row["clean"]["images"]
+        limit = max(float(abs(moved).max()), 1e-6)
+        grid.append([Tile(diverging(delta, limit=limit)) for delta in moved])
+        names.append(f"perturbation\nlargest {limit:.3g}")
+    return image_grid(
+        grid,
+        title="What the attacker makes of the first test image of a class",
+        subtitle="Beneath each image the class that the model sees. Each attack is against the model it is shown to.",
+        row_labels=names,
+        column_titles=[f"class {label}" for label in labels],
+    )
+
+
+def _tiles(images: Any, predicted: Sequence[int], labels: Sequence[int]) -> list[Tile]:
+    return [
+        Tile(image.clip(0, 1), caption=str(p), correct=p == label)
+        for image, p, label in zip(images, predicted, labels, strict=True)
+    ]
