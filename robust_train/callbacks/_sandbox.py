@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torchmetrics import Metric
 
 from robust_train.callbacks._seams import silenced
-from robust_train.evasion.randomness import get_global_rng, set_global_rng
+from robust_train.evasion.randomness import get_global_rng, numpy_moved, set_global_rng
 from robust_train.evasion.victim import frozen
 
 MODES = ("eval", "batch", "train")
@@ -66,6 +66,7 @@ class Sandbox:
         self.written: set[nn.Parameter] = set()
         self._module, self._trainer, self._device = module, trainer, device
         self._rng = get_global_rng(device)
+        self._numpy_used: bool | None = None
         self._holders: list[_Holder] = []
         self._generators: dict[int, tuple[Any, Any]] = {}
         self._visit(module, 0, {id(trainer)})
@@ -73,7 +74,9 @@ class Sandbox:
     @contextmanager
     def opened(self, mode: str, frozen_parameters: bool = True) -> Iterator[None]:
         """For a series of extra calls, each inside ``call``: parameters frozen, modes set, logging silenced."""
+        rng = get_global_rng(self._device)
         with ExitStack() as stack:
+            stack.callback(set_global_rng, rng, self._device)
             if frozen_parameters:
                 stack.enter_context(frozen(self._module))
             stack.enter_context(crafting_mode(self._module, mode))
@@ -81,16 +84,16 @@ class Sandbox:
             yield
 
     def call(self, step: Callable[[], Any]) -> Any:
-        """One extra call; the module, its generators and the global ones are as before afterwards."""
-        rng = get_global_rng(self._device)
+        """One extra call; the module and its generators are as before afterwards, the global ones when the series ends."""
         generators = [(g, _generator_state(g)) for g, _ in self._generators.values()]
         contents = [holder.content() for holder in self._holders]
         copies: dict[int, Tensor] = {}
         values = [(p, p.data, p.detach().clone()) for p in self._guarded]
+        first = self._numpy_used is None
         try:
             for holder, content in zip(self._holders, contents, strict=True):
                 holder.fill_with_copies(content, copies)
-            set_global_rng(self._rng, self._device)
+            set_global_rng(self._rng, self._device, numpy=first or bool(self._numpy_used))
             for generator, state in self._generators.values():
                 _set_generator_state(generator, state)
             return step()
@@ -99,7 +102,6 @@ class Sandbox:
                 holder.put_back(content)
             for generator, state in generators:
                 _set_generator_state(generator, state)
-            set_global_rng(rng, self._device)
             for p, storage, value in values:
                 if p.data_ptr() != storage.data_ptr():
                     p.data = storage
@@ -107,6 +109,8 @@ class Sandbox:
                 if not torch.equal(storage, value):
                     storage.copy_(value)
                     self.written.add(p)
+            if first:  # a step that draws from numpy does so in every call
+                self._numpy_used = numpy_moved(self._rng)
 
     def _visit(self, value: Any, depth: int, seen: set[int]) -> None:
         if id(value) in seen or depth > DEEPEST or value is None or isinstance(value, (str, bytes, int, float, Tensor)):
@@ -125,14 +129,14 @@ class Sandbox:
             for item in value:
                 self._visit(item, depth + 1, seen)
         elif _is_plain_object(value):
-            self._holders.append(_Attributes(value.__dict__, frozenset()))
+            self._holders.append(_Attributes(value.__dict__))
             for item in list(value.__dict__.values()):
                 self._visit(item, depth + 1, seen)
 
     def _visit_module(self, module: nn.Module, depth: int, seen: set[int]) -> None:
         builtin = type(module).__module__.startswith("torch.nn")
-        if module._buffers and not (isinstance(module, _NormBase) and not module.training):
-            self._holders.append(_Attributes(module._buffers, frozenset()))
+        if module._buffers:
+            self._holders.append(_Statistics(module) if isinstance(module, _NormBase) else _Attributes(module._buffers))
         if not builtin:  # torch's own layers keep nothing but buffers
             self._holders.append(_Attributes(module.__dict__, SKIPPED_ATTRIBUTES))
             for name, item in list(module.__dict__.items()):
@@ -159,7 +163,7 @@ class _Holder:
 class _Attributes(_Holder):
     """A namespace: attributes of a module or object, or a module's buffers."""
 
-    def __init__(self, namespace: dict[str, Any], skipped: frozenset[str]) -> None:
+    def __init__(self, namespace: dict[str, Any], skipped: frozenset[str] = frozenset()) -> None:
         self._namespace, self._skipped = namespace, skipped
 
     def content(self) -> dict[str, Any]:
@@ -176,6 +180,21 @@ class _Attributes(_Holder):
         for key, value in content.items():
             if self._namespace.get(key, self) is not value:
                 self._namespace[key] = value
+
+
+class _Statistics(_Attributes):
+    """Running statistics, which a layer writes only while it trains them."""
+
+    def __init__(self, layer: _NormBase) -> None:
+        super().__init__(layer._buffers)
+        self._layer = layer
+
+    def content(self) -> dict[str, Any]:
+        return super().content() if self._layer.training and self._layer.track_running_stats else {}
+
+    def put_back(self, content: dict[str, Any]) -> None:
+        if content:
+            super().put_back(content)
 
 
 class _Container(_Holder):

@@ -19,13 +19,20 @@ def get_global_rng(device: torch.device) -> dict[str, Any]:
     return state
 
 
-def set_global_rng(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what ``get_global_rng`` returned."""
+def set_global_rng(state: dict[str, Any], device: torch.device, numpy: bool = True) -> None:
+    """Put back what ``get_global_rng`` returned; numpy's, by far the slowest, may be left out."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+    if numpy:
+        np.random.set_state(state["numpy"])
+
+
+def numpy_moved(state: dict[str, Any]) -> bool:
+    """Whether numpy's global generator is elsewhere than in ``state``."""
+    (_, keys, *rest), (_, now, *rest_now) = state["numpy"], np.random.get_state()
+    return rest != rest_now or not np.array_equal(keys, now)
 
 
 @contextmanager

@@ -161,12 +161,21 @@ class Threat:
             low, high = torch.where(movable, low, x), torch.where(movable, high, x)
         return low, high
 
-    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+    def limits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The box, cut down to the ball where the ball is a box too (Linf): what ``project`` may be given to save work."""
+        low, high = self.box(x)
+        if self.norm == "linf":
+            reach = self.radius / self._std(x)
+            low, high = torch.maximum(x - reach, low), torch.minimum(x + reach, high)
+        return low, high
+
+    def project(self, x_adv: Tensor, x: Tensor, limits: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Nearest legal inputs in working precision, as an attack's inner loop needs it.
 
         Args:
             x_adv: candidates ``(B, ...)``.
             x: clean inputs, same shape and dtype.
+            limits: ``self.limits(x)`` where it is at hand.
 
         Returns:
             Tensor of the same shape, inside ball and box up to rounding. The L1 projection onto ball and box together
@@ -176,11 +185,10 @@ class Threat:
             Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, section 2.1;
             Croce & Hein, "Mind the Box: l1-APGD for Sparse Adversarial Attacks", 2021, section 3.
         """
-        low, high = self.box(x)
-        std = self._std(x)
+        low, high = self.limits(x) if limits is None else limits
         if self.norm == "linf":
-            reach = self.radius / std
-            return torch.minimum(torch.maximum(x_adv, torch.maximum(x - reach, low)), torch.minimum(x + reach, high))
+            return torch.clamp(x_adv, low, high)
+        std = self._std(x)
         delta = (x_adv - x) * std
         if self.norm == "l2":
             size = _norm_over_examples(delta, 2)
@@ -188,7 +196,7 @@ class Threat:
         else:
             room = torch.where(delta > 0, high - x, x - low) * std
             delta = _project_l1(delta, room, self.radius)
-        return torch.minimum(torch.maximum(x + delta / std, low), high)
+        return torch.clamp(x + delta / std, low, high)
 
     def enclose(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Final projection: computed in float64 and rounded towards ``x``, so that the promise holds in every dtype.

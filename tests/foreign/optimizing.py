@@ -123,10 +123,10 @@ class SecondOrder(TupleBatch):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.calls = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 0
+        self.net, self.evaluations = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), 0
 
     def training_step(self, batch, batch_idx):
-        self.calls += 1
+        self.evaluations += 1
         return super().training_step(batch, batch_idx)
 
     def configure_optimizers(self):

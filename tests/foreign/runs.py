@@ -145,7 +145,8 @@ def portrait(value: Any, seen: tuple[int, ...] = ()) -> Any:
     if isinstance(value, (list, tuple)) or type(value).__name__ == "deque":
         return [portrait(v, seen) for v in value]
     if type(value).__module__.startswith(("foreign", "test_")):
-        return {k: portrait(v, seen) for k, v in vars(value).items()}
+        names = getattr(value, "__slots__", None) or vars(value)
+        return {k: portrait(getattr(value, k), seen) for k in names}
     return type(value).__name__
 
 

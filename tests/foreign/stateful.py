@@ -184,18 +184,21 @@ class Queue(TupleBatch):
 @dataclass
 class Ledger:
     totals: Tensor = field(default_factory=lambda: torch.zeros(CLASSES))
-    pair: tuple[Tensor, Tensor] = field(default_factory=lambda: (torch.zeros(1), torch.zeros(1)))
     by_class: dict[int, list[float]] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class SlottedMeter:
+    total: float = 0.0
+    count: int = 0
+
+
 class Bookkeeper(TupleBatch):
-    """State in every kind of container that Python has, written in place."""
+    """State in lists, dicts, sets, records and generators, written in place."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = Ledger()
-        self.confusion = np.zeros((CLASSES, CLASSES), dtype=np.int64)
-        self.counts, self.seen = [0] * CLASSES, set()
+        self.ledger, self.counts, self.seen = Ledger(), [0] * CLASSES, set()
         self.stats = {"loss": torch.zeros(1), "nested": {"n": 0}}
         self.dice, self.shuffler = random.Random(3), torch.Generator().manual_seed(3)  # noqa: S311
 
@@ -204,19 +207,70 @@ class Bookkeeper(TupleBatch):
         logits = self(x + 0.01 * torch.rand(x.shape, generator=self.shuffler) * self.dice.random())
         loss = F.cross_entropy(logits, y)
         for truth, guess in zip(y.tolist(), logits.argmax(1).tolist(), strict=True):
-            self.confusion[truth, guess] += 1
             self.counts[guess] += 1
             self.seen.add(guess)
             self.ledger.by_class.setdefault(truth, []).append(loss.item())
         self.ledger.totals += logits.detach().sum(0)
-        self.ledger.pair[0].add_(1)
         self.stats["loss"] += loss.detach()
         self.stats["nested"]["n"] += 1
         return loss
 
 
-class LazyState(TupleBatch):
-    """Attributes and buffers that come into being during training and validation."""
+class NumpyConfusion(TupleBatch):
+    """A confusion matrix in numpy, counted in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.confusion = np.zeros((CLASSES, CLASSES), dtype=np.int64)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        logits = self(x)
+        np.add.at(self.confusion, (y.numpy(), logits.argmax(1).numpy()), 1)
+        return F.cross_entropy(logits, y)
+
+
+class TupleOfTensors(TupleBatch):
+    """Running sums in a tuple of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums = (torch.zeros(1), torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.sums[0].add_(loss.detach())
+        self.sums[1].add_(1)
+        return loss
+
+
+class Slotted(TupleBatch):
+    """A meter without ``__dict__``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meter = SlottedMeter()
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.meter.total += loss.item()
+        self.meter.count += 1
+        return loss
+
+
+class HoldsIterator(TupleBatch):
+    """Semi-supervised: draws unlabelled batches from an iterator of its own."""
+
+    def on_train_epoch_start(self):
+        self.unlabelled = iter([torch.full((2, 1, 8, 8), i / 8) for i in range(8)])
+
+    def training_step(self, batch, batch_idx):
+        certainty = self(next(self.unlabelled)).softmax(1).amax(1).mean()
+        return super().training_step(batch, batch_idx) - 0.1 * certainty
+
+
+class LazyBuffer(TupleBatch):
+    """Its first and only buffer comes into being with the first training batch."""
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -225,6 +279,10 @@ class LazyState(TupleBatch):
             self.register_buffer("prior", logits.detach().mean(0))
             self.first_batch = x
         return F.cross_entropy(logits - self.prior, y)
+
+
+class LazyValidation(TupleBatch):
+    """A buffer and an attribute that come into being during validation, in inference mode."""
 
     def validation_step(self, batch, batch_idx):
         x, y = batch

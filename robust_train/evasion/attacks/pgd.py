@@ -61,6 +61,7 @@ def pgd(
             here = working_precision(start)[alive]
         else:
             here = threat.random_start(origin, generator) if random_start else origin
+        limits = threat.limits(origin)
         for _ in range(steps):
             part = goal if len(alive) == len(x) else goal.take(alive)
             grad, _, score = input_gradient(part, here.to(x.dtype))
@@ -70,8 +71,9 @@ def pgd(
                 alive, origin, here, grad = alive[standing], origin[standing], here[standing], grad[standing]
                 if len(alive) == 0:
                     return best
+                limits = threat.limits(origin)
             step = threat.ascend(sign * grad.to(clean.dtype), step_size, here, origin)
-            here = threat.project(here + step, origin)
+            here = threat.project(here + step, origin, limits)
         if restarts == 1:
             best[alive] = here
             return best
