@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
 from robust_train.config import ConfigError, build
-from robust_train.hydra_plugin import config_dir, register
+from robust_train.hydra_plugin import CommandLineSearchPath, config_dir, register
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -29,6 +30,7 @@ CURVE_STEPS = 20
 def main() -> None:
     """Entry point; torch is imported only once a run begins, so that ``--help`` answers at once."""
     register()
+    Plugins.instance().register(CommandLineSearchPath)
     if not getattr(sys.flags, "safe_path", False):  # a console script does not see the modules beside it
         sys.path.insert(0, os.getcwd())
     if len(sys.argv) == 1:
@@ -68,7 +70,7 @@ def _run(cfg: DictConfig) -> float:
     for name in names:
         print(f"\n=== {name}: training, then judging ===" if cfg.baseline else f"\n=== {name} ===", flush=True)
         start = time.perf_counter()
-        models[name], data = _train(cfg, folder / name if cfg.baseline else folder, defended=name == recipe)
+        models[name], data = _train(cfg, folder / name, defended=name == recipe)
         seconds = time.perf_counter() - start
         results[name] = {**_judge(cfg, models[name], data, threat, attacks), "train_seconds": round(seconds, 1)}
     rows = _pictures(models, threat, attacks, cfg)
@@ -88,7 +90,9 @@ def _run(cfg: DictConfig) -> float:
         comparison.figure(results, threat=threat.describe(), eps=threat.radius, rows=rows), encoding="utf-8"
     )
     print("\n" + comparison.as_table(results, threat.describe()))
-    print(f"\nEverything is in {folder}: result.json, result.csv, figure.svg, metrics.csv and checkpoints/.")
+    print(
+        f"\nIn {folder}: result.json, result.csv, figure.svg; and for each model metrics.csv, hparams.yaml and checkpoints/."
+    )
     final = results[recipe]
     return final["robust_acc"] if "robust_acc" in final else -final["robust_loss"]
 

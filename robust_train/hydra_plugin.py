@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 PACKAGE = Path(__file__).resolve().parent
@@ -29,6 +31,15 @@ def config_dir(name: str) -> Path:
     """
     packaged = PACKAGE / name
     return packaged if packaged.is_dir() else PACKAGE.parent / name
+
+
+class CommandLineSearchPath(SearchPathPlugin):
+    """Both mounts on the search path of our own command line; other apps never see it."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append the mounts behind what the user's ``--config-dir`` brings."""
+        for mount in MOUNTS:
+            search_path.append("robust-train", f"robust-train://{mount}")
 
 
 def register() -> None:

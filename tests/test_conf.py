@@ -28,7 +28,9 @@ REQUIRED = inspect.Parameter.empty
 def composed(name: str) -> DictConfig:
     """The node that ``group/stem`` makes, in a config that has what a node may refer to: a threat and a task."""
     group, stem = name.split("/")
-    choices = {"threat": "linf", "data": "digits"} | {group: stem}
+    choices = {"threat": "threat", "data": "digits"} | {group: stem}
+    if group == "threat":
+        del choices["data"]  # a data set brings an eps of its own
     mounts = "hydra.searchpath=[robust-train://,robust-train://robust_train]"
     register()
     with initialize(config_path=None, version_base="1.3"):

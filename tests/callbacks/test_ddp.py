@@ -76,11 +76,20 @@ def test_foreign_modules(name, tmp_path):
 
 
 def test_fully_sharded_parameters(tmp_path):
-    plain = launch(tmp_path, "plain", "sharded", 0)
+    sizes = {"data_parallel_size": 2, "tensor_parallel_size": 1}
+    plain = launch(tmp_path, "plain", "sharded", 0, strategy=sizes)
     for what in ("pgd_at", "evaluation"):
-        for a, b in zip(plain, launch(tmp_path, what, "sharded", 0), strict=True):
+        for a, b in zip(plain, launch(tmp_path, what, "sharded", 0, strategy=sizes), strict=True):
             assert_same(weights(a), weights(b))
     for what in ("pgd_at", "trades"):
-        first, second = launch(tmp_path, what, "sharded")
+        first, second = launch(tmp_path, what, "sharded", strategy=sizes)
         assert_same(weights(first), weights(second))
         assert weights(first) != weights(plain[0])
+        assert not set(first["starts"]) & set(second["starts"])
+
+
+def test_ranks_that_share_a_batch_share_its_random_starts(tmp_path):
+    """Tensor parallelism: the two ranks hold parts of one model and are given the same batches."""
+    sizes = {"data_parallel_size": 1, "tensor_parallel_size": 2}
+    first, second = launch(tmp_path, "pgd_at", "sharded", strategy=sizes)
+    assert first["starts"] == second["starts"]

@@ -12,7 +12,11 @@ from foreign.runs import assert_same, fit
 
 from robust_train import PGD, TRADES, AdversarialTraining, RobustEvaluation, Threat
 
-pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+pytestmark = [  # the last two are torch.compile's own
+    pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 
 SETTINGS = {
     "plain": {},

@@ -9,7 +9,11 @@ from foreign.runs import fit, make_trainer, portrait
 
 from robust_train import PGD, TRADES, AdversarialTraining, RobustEvaluation
 
-pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+pytestmark = [  # the last two are torch.compile's own
+    pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
 CLASSIFIERS = [n for n in NAMES if CASES[n.values[0]].kind == "acc"]
 
 

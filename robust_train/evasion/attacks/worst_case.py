@@ -63,7 +63,7 @@ class WorstCase(Attack):
 
     family: ClassVar[str] = "ensemble"
 
-    attacks: Sequence[Attack] | Mapping[str, Attack] = ()
+    attacks: Sequence[Attack] | Mapping[str, Attack]
 
     def __post_init__(self) -> None:
         members: Any = self.attacks.values() if isinstance(self.attacks, Mapping) else self.attacks
