@@ -1,9 +1,9 @@
 """What the callback costs on top of the work itself: PGD-AT through Lightning against a loop written by hand.
 
-Three programs do the same work on the same batches: PGD-10 with a random start on the model in eval mode, then one training
-step on the result. (1) a plain PyTorch loop; (2) Lightning with the attack written by hand into ``training_step``; (3) Lightning
-with an ordinary ``training_step`` and ``AdversarialTraining``. They take turns in one process, on one thread, and CPU time is
-counted, so that only ratios matter.
+Three programs do the same work on the same batches: PGD-10 with a random start on the model in eval mode, then one
+training step on the result. (1) a plain PyTorch loop; (2) Lightning with the attack written by hand into
+``training_step``; (3) Lightning with an ordinary ``training_step`` and ``AdversarialTraining``. They take turns in one
+process, on one thread, and CPU time is counted, so that only ratios matter.
 
     python benchmarks/overhead.py [--repeats 7] [--batches 20] [--size 28] [--batch-size 128]
 """
@@ -121,10 +121,13 @@ def main() -> None:
             F.cross_entropy(model(x_adv), y).backward()
             optimizer.step()
 
+    def with_callback() -> None:
+        trainer([AdversarialTraining(PGD(STEPS), Threat(eps=EPS))]).fit(Ordinary(), loader)
+
     programs = {
         "plain PyTorch loop": plain_loop,
         "Lightning, attack by hand": lambda: trainer([]).fit(ByHand(), loader),
-        "Lightning, callback": lambda: trainer([AdversarialTraining(PGD(STEPS), Threat(eps=EPS))]).fit(Ordinary(), loader),
+        "Lightning, callback": with_callback,
         "Lightning, no attack": lambda: trainer([]).fit(Ordinary(), loader),
     }
     for program in programs.values():
@@ -144,12 +147,15 @@ def main() -> None:
         for name, times in seconds.items()
     }
     width = max(map(len, rows))
-    print(f"PGD-{STEPS} training, {arguments.batches} batches of {arguments.batch_size} x 1x{arguments.size}x{arguments.size}")
+    size = f"{arguments.batch_size}x1x{arguments.size}x{arguments.size}"
+    print(f"PGD-{STEPS} training, {arguments.batches} batches of {size}")
     for name, row in rows.items():
-        print(f"{name:<{width}}  {row['median_s']:8.3f} CPU-s  x{row['ratio_to_loop']:.3f} (minima x{row['ratio_of_minima']:.3f})")
+        ratios = f"x{row['ratio_to_loop']:.3f} (minima x{row['ratio_of_minima']:.3f})"
+        print(f"{name:<{width}}  {row['median_s']:8.3f} CPU-s  {ratios}")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    machine = {"torch": torch.__version__, "threads": 1, "machine": platform.machine(), "repeats": arguments.repeats}
-    report = {"command": "python benchmarks/overhead.py", "machine": machine, "results": rows}
+    machine = {"torch": torch.__version__, "threads": 1, "machine": platform.machine()}
+    settings = {key: value for key, value in vars(arguments).items() if key != "out"}
+    report = {"command": "python benchmarks/overhead.py", "settings": settings, "machine": machine, "results": rows}
     arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

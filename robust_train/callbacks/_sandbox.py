@@ -84,7 +84,7 @@ class Sandbox:
             yield
 
     def call(self, step: Callable[[], Any]) -> Any:
-        """One extra call; the module and its generators are as before afterwards, the global ones when the series ends."""
+        """One extra call; the module and its generators are as before afterwards, the global ones after the series."""
         generators = [(g, _generator_state(g)) for g, _ in self._generators.values()]
         contents = [holder.content() for holder in self._holders]
         copies: dict[int, Tensor] = {}

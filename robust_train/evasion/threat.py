@@ -162,7 +162,7 @@ class Threat:
         return low, high
 
     def limits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The box, cut down to the ball where the ball is a box too (Linf): what ``project`` may be given to save work."""
+        """The box, cut down to the ball where that is a box too (Linf): what ``project`` may be given to save work."""
         low, high = self.box(x)
         if self.norm == "linf":
             reach = self.radius / self._std(x)

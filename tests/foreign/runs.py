@@ -19,7 +19,7 @@ from robust_train.callbacks._callback import Callback
 
 OURS = ("train/adv_loss", "val/clean_", "val/robust_")  # what the callbacks log themselves
 FRAMEWORK = {"_trainer", "_fabric", "_parameters", "_buffers", "_modules", "_hparams", "_log_hyperparams", "training"}
-UNTIL_THE_END = {"training_step", "_metric_attributes"}  # ours while fitting; a cache whose keys are addresses
+UNTIL_THE_END = {"training_step", "_metric_attributes", "_torchdynamo_wrapper_id"}  # ours while fitting; addresses
 
 
 class RecordingLogger(Logger):
