@@ -90,9 +90,7 @@ def _run(cfg: DictConfig) -> float:
         comparison.figure(results, threat=threat.describe(), eps=threat.radius, rows=rows), encoding="utf-8"
     )
     print("\n" + comparison.as_table(results, threat.describe()))
-    print(
-        f"\nIn {folder}: result.json, result.csv, figure.svg; and for each model metrics.csv, hparams.yaml and checkpoints/."
-    )
+    print(f"\nIn {folder}: result.json, result.csv, figure.svg; for each model metrics.csv and checkpoints/.")
     final = results[recipe]
     return final["robust_acc"] if "robust_acc" in final else -final["robust_loss"]
 

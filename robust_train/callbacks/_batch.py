@@ -81,6 +81,26 @@ def replaced(batch: Any, path: Path, value: Any) -> Any:
     return out
 
 
+def write_back(batch: Any, sent: Any, path: Path, value: Any) -> None:
+    """What a step wrote into the containers that ``replaced(batch, path, value)`` exchanged goes into the user's."""
+    if not path or isinstance(batch, tuple):
+        return
+    key, rest = path[0], path[1:]
+    old, new = dict(_children(batch)), dict(_children(sent))
+    if rest and key in new:
+        write_back(old[key], new[key], rest, value)
+    for k, v in new.items():
+        exchanged = k == key and (v is value if not rest else type(v) is type(old[k]))
+        if not exchanged and (k not in old or old[k] is not v):
+            if isinstance(batch, (list, MutableMapping)):
+                batch[k] = v  # type: ignore[index]
+            else:
+                object.__setattr__(batch, str(k), v)
+    if isinstance(batch, MutableMapping):
+        for k in old.keys() - new.keys():
+            del batch[k]
+
+
 def fresh(batch: Any) -> Any:
     """A batch that the user's code may write into: containers and tensors are copies, all else is shared."""
     return _mapped(batch, lambda t: t.clone(), {}, list)

@@ -36,6 +36,14 @@ class Callback(_Base):
         """What was asked for, as plain builtins."""
         return {}
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        # not in state_dict(): there Lightning refuses a second callback of a class before our own, better message
+        checkpoint["callbacks"][self.state_key] = self.state()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as plain builtins; ``load_state_dict`` receives it."""
+        return {"settings": self.settings()}
+
     def announce(self, trainer: pl.Trainer, text: str) -> None:
         """Say what is active, once, and record the settings with the user's loggers."""
         rank_zero_info(f"{type(self).__name__}: {text}")
@@ -56,8 +64,8 @@ def plain(value: Any) -> Any:
 
 def call_text(settings: Any) -> str:
     """``PGD(steps=10)``: a dataclass with the settings that differ from its defaults, and its first one."""
-    shown = {}
-    for i, f in enumerate(fields(settings)):
+    shown: dict[str, Any] = {}
+    for i, f in enumerate(fields(settings) if is_dataclass(settings) else ()):
         value = plain(getattr(settings, f.name))
         if i == 0 or value != plain(f.default if f.default_factory is MISSING else f.default_factory()):
             shown[f.name] = value

@@ -4,8 +4,9 @@ Crafting an adversarial example calls ``training_step`` several more times than 
 log, count, append, update or draw must not be seen afterwards, and each must see exactly what the real call will see.
 
 The means: every holder of mutable state that can be reached from the module (modules, plain objects, lists, dicts,
-sets) keeps its identity; its tensors are exchanged for copies while the extra call runs, and its exact old content is
-put back afterwards. Tensors of the user are therefore never written, which also keeps pending autograd graphs valid.
+sets) keeps its identity; its tensors and arrays are exchanged for copies while the extra call runs, its iterators for
+ones that replay, and its exact old content is put back afterwards. Tensors of the user are therefore never written,
+which also keeps pending autograd graphs valid. Parameters, which others hold by identity, are written back instead.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torchmetrics import Metric
 
@@ -49,50 +51,60 @@ class Sandbox:
         module: the user's LightningModule.
         trainer: its Trainer.
         device: where the batch lives.
-        guarded: parameters that the step may write to itself (a momentum teacher, clipped weights): put back after each
-            call.
-
-    Attributes:
-        written: those of ``guarded`` that an extra call did write to.
 
     The state that the extra calls see is the module's at the time of each call; random generators, global and held by
-    the module, always start from where they stood when the sandbox was made.
+    the module, always start from where they stood when the sandbox was made, and iterators too.
+
+    Note:
+        Holds a copy of the parameters while it lives, because a step may write to them (a momentum teacher, clipped
+        weights), also through ``.data``, where autograd does not see it.
     """
 
-    def __init__(self, module: Any, trainer: Any, device: torch.device, guarded: Iterable[nn.Parameter] = ()) -> None:
-        self._guarded = [
-            p for p in guarded if not hasattr(p, "to_local")
-        ]  # sharded ones are written by nobody but FSDP
-        self.written: set[nn.Parameter] = set()
+    def __init__(self, module: Any, trainer: Any, device: torch.device) -> None:
         self._module, self._trainer, self._device = module, trainer, device
         self._rng = get_global_rng(device)
         self._numpy_used: bool | None = None
         self._holders: list[_Holder] = []
         self._generators: dict[int, tuple[Any, Any]] = {}
+        self._layers: list[nn.Module] = []  # also modules that the user keeps in a plain list
+        self._replays: dict[int, Replay] = {}
+        self._values: list[tuple[nn.Parameter, Tensor, Tensor]] = []
         self._visit(module, 0, {id(trainer)})
+        self._parameters = list(dict.fromkeys(p for m in self._layers for p in m._parameters.values() if p is not None))
+        self._versions: tuple[int, ...] = ()  # of the parameters when the real call began
 
     @contextmanager
     def opened(self, mode: str, frozen_parameters: bool = True) -> Iterator[None]:
         """For a series of extra calls, each inside ``call``: parameters frozen, modes set, logging silenced."""
         rng = get_global_rng(self._device)
+        # those that FSDP shards are written by nobody else, and change their storage in every forward pass
+        whole = tuple(p for p in self._parameters if not hasattr(p, "to_local"))
+        self._values = [(p, p.data, p.detach().clone()) for p in whole]
         with ExitStack() as stack:
             stack.callback(set_global_rng, rng, self._device)
             if frozen_parameters:
-                stack.enter_context(frozen(self._module))
-            stack.enter_context(crafting_mode(self._module, mode))
+                stack.enter_context(frozen(self._parameters))
+            elif whole:
+                # The graph of the real call is pending. A step that writes to its parameters bumps their versions in
+                # each call; as values are put back, both graphs stay valid if this call counts from where that one did.
+                stack.enter_context(_unsafe_preserve_version_counter(whole))
+                _set_versions(whole, self._versions)
+            stack.enter_context(crafting_mode(self._layers, self._module, mode))
             stack.enter_context(silenced(self._module, self._trainer))
-            yield
+            try:
+                yield
+            finally:
+                self._values = []
 
     def call(self, step: Callable[[], Any]) -> Any:
         """One extra call; the module and its generators are as before afterwards, the global ones after the series."""
         generators = [(g, _generator_state(g)) for g, _ in self._generators.values()]
         contents = [holder.content() for holder in self._holders]
-        copies: dict[int, Tensor] = {}
-        values = [(p, p.data, p.detach().clone()) for p in self._guarded]
+        copies: dict[int, Any] = {}
         first = self._numpy_used is None
         try:
             for holder, content in zip(self._holders, contents, strict=True):
-                holder.fill_with_copies(content, copies)
+                holder.fill(content, lambda value: self._copy(value, copies))
             set_global_rng(self._rng, self._device, numpy=first or bool(self._numpy_used))
             for generator, state in self._generators.values():
                 _set_generator_state(generator, state)
@@ -102,15 +114,49 @@ class Sandbox:
                 holder.put_back(content)
             for generator, state in generators:
                 _set_generator_state(generator, state)
-            for p, storage, value in values:
+            for p, storage, value in self._values:
                 if p.data_ptr() != storage.data_ptr():
                     p.data = storage
-                    self.written.add(p)
-                if not torch.equal(storage, value):
-                    storage.copy_(value)
-                    self.written.add(p)
+                storage.copy_(value)  # through .data, so that autograd does not count it as a change
             if first:  # a step that draws from numpy does so in every call
                 self._numpy_used = numpy_moved(self._rng)
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """For the real call: it draws from the module's iterators what the extra calls have drawn before it."""
+        self._versions = tuple(p._version for p in self._parameters if not hasattr(p, "to_local"))
+        if not any(replay.drawn for replay in self._replays.values()):
+            yield
+            return
+        contents = [holder.content() for holder in self._holders]
+        for holder, content in zip(self._holders, contents, strict=True):
+            holder.fill(content, self._replay)
+        try:
+            yield
+        finally:
+            for holder in self._holders:
+                holder.fill(holder.content(), _finished)
+
+    def _copy(self, value: Any, copies: dict[int, Any]) -> Any:
+        """A private copy of what a step may write into; what was shared stays shared; all else as it is."""
+        if isinstance(value, tuple) and any(isinstance(v, (Tensor, np.ndarray)) for v in value):
+            items = [self._copy(v, copies) for v in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if isinstance(value, nn.Parameter) or not isinstance(value, (Tensor, np.ndarray)):
+            return self._replay(value)
+        if id(value) not in copies:
+            if isinstance(value, np.ndarray):
+                copies[id(value)] = value.copy()
+            else:  # an intermediate result of the user's keeps its graph
+                copies[id(value)] = (
+                    value.clone() if value.requires_grad and not value.is_leaf else value.detach().clone()
+                )
+        return copies[id(value)]
+
+    def _replay(self, value: Any) -> Any:
+        if not isinstance(value, Iterator) or isinstance(value, Replay):
+            return value
+        return self._replays.setdefault(id(value), Replay(value)).rewound()
 
     def _visit(self, value: Any, depth: int, seen: set[int]) -> None:
         if id(value) in seen or depth > DEEPEST or value is None or isinstance(value, (str, bytes, int, float, Tensor)):
@@ -123,21 +169,30 @@ class Sandbox:
         elif isinstance(value, (list, dict, set, deque)):
             self._holders.append(_Container(value))
             if len(value) <= LONGEST_CONTAINER:
-                for item in list(value.values()) if isinstance(value, dict) else list(value):
-                    self._visit(item, depth + 1, seen)
+                self._visit_all(value.values() if isinstance(value, dict) else value, depth, seen)
         elif isinstance(value, tuple) and len(value) <= LONGEST_CONTAINER:
-            for item in value:
-                self._visit(item, depth + 1, seen)
+            self._visit_all(value, depth, seen)
         elif _is_plain_object(value):
-            self._holders.append(_Attributes(value.__dict__))
-            for item in list(value.__dict__.values()):
-                self._visit(item, depth + 1, seen)
+            if isinstance(getattr(value, "__dict__", None), dict):
+                self._holders.append(_Attributes(value.__dict__))
+                self._visit_all(value.__dict__.values(), depth, seen)
+            if slots := _slots(value):
+                self._holders.append(_Slots(value, slots))
+                self._visit_all(_Slots(value, slots).content().values(), depth, seen)
+
+    def _visit_all(self, values: Iterable[Any], depth: int, seen: set[int]) -> None:
+        for value in list(values):
+            self._visit(value, depth + 1, seen)
 
     def _visit_module(self, module: nn.Module, depth: int, seen: set[int]) -> None:
-        builtin = type(module).__module__.startswith("torch.nn")
-        if module._buffers:
-            self._holders.append(_Statistics(module) if isinstance(module, _NormBase) else _Attributes(module._buffers))
-        if not builtin:  # torch's own layers keep nothing but buffers
+        self._layers.append(module)
+        if isinstance(module, _NormBase):
+            self._holders.append(_Statistics(module))
+        elif type(module).__module__.startswith("torch.nn"):  # torch's own layers keep nothing but buffers
+            if module._buffers:
+                self._holders.append(_Attributes(module._buffers))
+        else:
+            self._holders.append(_Attributes(module._buffers))
             self._holders.append(_Attributes(module.__dict__, SKIPPED_ATTRIBUTES))
             for name, item in list(module.__dict__.items()):
                 if name not in SKIPPED_ATTRIBUTES and not name.endswith("_hooks"):
@@ -147,13 +202,44 @@ class Sandbox:
                 self._visit(child, 0, seen)
 
 
+class Replay(Iterator):
+    """An iterator's stand-in that remembers what was drawn, so that every call of a step draws the same."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self.source = source
+        self.drawn: list[Any] = []
+        self._at = 0
+
+    def rewound(self) -> Replay:
+        """Itself, back at the start."""
+        self._at = 0
+        return self
+
+    def __next__(self) -> Any:
+        if self._at == len(self.drawn):
+            self.drawn.append(next(self.source))
+        self._at += 1
+        return self.drawn[self._at - 1]
+
+    @property
+    def finished(self) -> bool:
+        """Whether everything remembered was drawn again, so that the source itself can go on."""
+        return self._at == len(self.drawn)
+
+
+def _finished(value: Any) -> Any:
+    """The source of a replay that is through; another replay goes on as it is."""
+    return value.source if isinstance(value, Replay) and value.finished else value
+
+
 class _Holder:
     """Something whose content is exchanged while its identity stays."""
 
     def content(self) -> Any:
         raise NotImplementedError  # pragma: no cover
 
-    def fill_with_copies(self, content: Any, copies: dict[int, Tensor]) -> None:
+    def fill(self, content: Any, exchange: Callable[[Any], Any]) -> None:
+        """Put ``exchange(value)`` in each value's place."""
         raise NotImplementedError  # pragma: no cover
 
     def put_back(self, content: Any) -> None:
@@ -169,10 +255,10 @@ class _Attributes(_Holder):
     def content(self) -> dict[str, Any]:
         return {k: v for k, v in self._namespace.items() if k not in self._skipped}
 
-    def fill_with_copies(self, content: dict[str, Any], copies: dict[int, Tensor]) -> None:
+    def fill(self, content: dict[str, Any], exchange: Callable[[Any], Any]) -> None:
         for key, value in content.items():
-            if isinstance(value, Tensor):
-                self._namespace[key] = _copy(value, copies)
+            if (other := exchange(value)) is not value:
+                self._namespace[key] = other
 
     def put_back(self, content: dict[str, Any]) -> None:
         for key in [k for k in self._namespace if k not in content and k not in self._skipped]:
@@ -180,6 +266,28 @@ class _Attributes(_Holder):
         for key, value in content.items():
             if self._namespace.get(key, self) is not value:
                 self._namespace[key] = value
+
+
+class _Slots(_Holder):
+    """Attributes of an object whose class has ``__slots__``."""
+
+    def __init__(self, owner: Any, names: list[str]) -> None:
+        self._owner, self._names = owner, names
+
+    def content(self) -> dict[str, Any]:
+        return {name: getattr(self._owner, name) for name in self._names if hasattr(self._owner, name)}
+
+    def fill(self, content: dict[str, Any], exchange: Callable[[Any], Any]) -> None:
+        for name, value in content.items():
+            if (other := exchange(value)) is not value:
+                object.__setattr__(self._owner, name, other)
+
+    def put_back(self, content: dict[str, Any]) -> None:
+        for name in self._names:
+            if name in content:
+                object.__setattr__(self._owner, name, content[name])
+            elif hasattr(self._owner, name):
+                object.__delattr__(self._owner, name)
 
 
 class _Statistics(_Attributes):
@@ -206,21 +314,19 @@ class _Container(_Holder):
     def content(self) -> Any:
         return dict(self._container) if isinstance(self._container, dict) else list(self._container)
 
-    def fill_with_copies(self, content: Any, copies: dict[int, Tensor]) -> None:
-        if len(content) > LONGEST_CONTAINER:
-            return
-        values = content.values() if isinstance(content, dict) else content
-        if not any(isinstance(value, Tensor) for value in values):
+    def fill(self, content: Any, exchange: Callable[[Any], Any]) -> None:
+        if len(content) > LONGEST_CONTAINER or isinstance(self._container, set):
             return
         if isinstance(content, dict):
-            self._refill({k: _copy(v, copies) if isinstance(v, Tensor) else v for k, v in content.items()})
-        elif not isinstance(self._container, set):
-            self._refill([_copy(v, copies) if isinstance(v, Tensor) else v for v in content])
+            others: Any = {k: exchange(v) for k, v in content.items()}
+            changed = any(others[k] is not v for k, v in content.items())
+        else:
+            others = [exchange(v) for v in content]
+            changed = any(o is not v for o, v in zip(others, content, strict=True))
+        if changed:
+            self.put_back(others)
 
     def put_back(self, content: Any) -> None:
-        self._refill(content)
-
-    def _refill(self, content: Any) -> None:
         if isinstance(self._container, list):
             self._container[:] = content
             return
@@ -228,26 +334,24 @@ class _Container(_Holder):
         (self._container.extend if isinstance(self._container, deque) else self._container.update)(content)
 
 
-def _copy(tensor: Tensor, copies: dict[int, Tensor]) -> Tensor:
-    """A private copy; tensors that were shared stay shared."""
-    if isinstance(tensor, nn.Parameter):
-        return tensor
-    if id(tensor) not in copies:
-        copies[id(tensor)] = tensor.detach().clone() if not tensor.requires_grad or tensor.is_leaf else tensor.clone()
-    return copies[id(tensor)]
+def _set_versions(tensors: tuple[Tensor, ...], versions: tuple[int, ...]) -> None:
+    """What ``_unsafe_preserve_version_counter`` does when it is left."""
+    torch._C._autograd._unsafe_set_version_counter(tensors, versions)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _slots(value: Any) -> list[str]:
+    names = [n for cls in type(value).__mro__ for n in _as_tuple(cls.__dict__.get("__slots__", ()))]
+    return [n for n in names if n not in ("__dict__", "__weakref__")]
+
+
+def _as_tuple(names: Any) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _is_plain_object(value: Any) -> bool:
     """An object of the user's own classes, such as a running-average meter."""
-    kinds = (
-        type,
-        types.ModuleType,
-        types.FunctionType,
-        types.MethodType,
-        types.BuiltinFunctionType,
-        torch.optim.Optimizer,
-    )
-    if isinstance(value, kinds) or not isinstance(getattr(value, "__dict__", None), dict):
+    kinds = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+    if isinstance(value, (*kinds, torch.optim.Optimizer, Iterator)):
         return False
     return type(value).__module__.partition(".")[0] not in SKIPPED_PACKAGES
 
@@ -272,29 +376,35 @@ def _set_generator_state(generator: Any, state: Any) -> None:
 
 
 @contextmanager
-def crafting_mode(module: nn.Module, mode: str) -> Iterator[None]:
+def crafting_mode(layers: Iterable[nn.Module], root: nn.Module, mode: str) -> Iterator[None]:
     """Which behaviour of dropout and batch normalisation the attack sees; every flag is as before afterwards.
 
     Args:
-        module: the user's module. Only layers are switched, never the modules that contain them: some models return
-            another kind of output in eval mode.
+        layers: the modules to look at. Only those without children are switched, never the modules that contain them:
+            some models return another kind of output in eval mode.
+        root: the LightningModule, which stays as it is.
         mode: ``"eval"``: no dropout, running statistics. ``"batch"``: no dropout, statistics of the batch, running
             statistics untouched. ``"train"``: everything as in training; what it updates is undone by the sandbox.
     """
-    undo: list[tuple[nn.Module, str, bool]] = []
+    undo: list[tuple[nn.Module, str, Any]] = []
+
+    def switch(layer: nn.Module, flag: str, value: Any) -> None:
+        undo.append((layer, flag, getattr(layer, flag)))
+        setattr(layer, flag, value)
+
     try:
-        if mode != "train":
-            for layer in module.modules():
-                is_layer = next(layer.children(), None) is None or isinstance(layer, nn.MultiheadAttention)
-                if layer is module or not is_layer or not layer.training or isinstance(layer, Metric):
-                    continue
-                if mode == "batch" and isinstance(layer, _BatchNorm):
-                    undo.append((layer, "track_running_stats", layer.track_running_stats))
-                    layer.track_running_stats = False
-                else:
-                    undo.append((layer, "training", True))
-                    layer.training = False
+        for layer in layers if mode != "train" else ():
+            is_layer = next(layer.children(), None) is None or isinstance(layer, nn.MultiheadAttention)
+            if layer is root or not is_layer or isinstance(layer, Metric):
+                continue
+            if isinstance(layer, nn.RNNBase) and any(p.is_cuda for p in layer.parameters()):
+                switch(layer, "dropout", 0.0)  # cuDNN differentiates recurrent layers in training mode only
+                switch(layer, "training", True)
+            elif layer.training and mode == "batch" and isinstance(layer, _BatchNorm):
+                switch(layer, "track_running_stats", False)
+            elif layer.training:
+                switch(layer, "training", False)
         yield
     finally:
-        for layer, flag, value in undo:
+        for layer, flag, value in reversed(undo):
             setattr(layer, flag, value)

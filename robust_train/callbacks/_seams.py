@@ -69,6 +69,34 @@ def _idle(found: Any, idle: type) -> Any:
     return [idle(item) for item in found] if isinstance(found, list) else idle(found)
 
 
+class IdleLogger(DummyLogger):
+    """Says where the user's logger writes, and writes nothing."""
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    def name(self) -> Any:
+        return self._logger.name
+
+    @property
+    def version(self) -> Any:
+        return self._logger.version
+
+    @property
+    def save_dir(self) -> Any:
+        return self._logger.save_dir
+
+    @property
+    def root_dir(self) -> Any:
+        return getattr(self._logger, "root_dir", self.save_dir)
+
+    @property
+    def log_dir(self) -> Any:
+        return getattr(self._logger, "log_dir", self.save_dir)
+
+
 @contextmanager
 def silenced(module: Any, trainer: Any) -> Iterator[None]:
     """Inside, the module logs to nobody, and in manual optimization steps nothing.
@@ -90,7 +118,7 @@ def silenced(module: Any, trainer: Any) -> Iterator[None]:
     loggers = list(trainer.loggers)
     with patched(module, **attributes):
         if loggers:
-            trainer.loggers = [DummyLogger() for _ in loggers]
+            trainer.loggers = [IdleLogger(logger) for logger in loggers]
         try:
             yield
         finally:
@@ -178,16 +206,6 @@ def wrap_training_step(module: Any, wrapper: Callable[..., Any]) -> Callable[[],
 
 
 @contextmanager
-def watched(module: nn.Module | None, seen: Callable[[nn.Module, Any], None]) -> Iterator[None]:
-    """``on_call`` where there is a module to watch."""
-    if module is None:
-        yield
-    else:
-        with on_call(module, seen):
-            yield
-
-
-@contextmanager
 def before_backward(module: Any, total: Callable[[Tensor, bool], Tensor]) -> Iterator[None]:
     """In manual optimization: ``total(loss, first)`` is what ``manual_backward(loss)`` backpropagates."""
     backward, calls = module.manual_backward, []
@@ -222,6 +240,12 @@ def autocast_context(trainer: Any, stage: str) -> Any:
 def half_precision_loss_scale(trainer: Any) -> float:
     """Factor against gradients that underflow in fp16: an input's share of a mean loss is tiny. 1 elsewhere."""
     return 2.0**16 if str(trainer.precision).startswith("16") else 1.0
+
+
+def data_rank(trainer: Any) -> int:
+    """Which share of the data this process sees; ranks of one tensor-parallel group see the same batch."""
+    sampler = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
+    return int(sampler["rank"]) if sampler else trainer.global_rank
 
 
 def sharded(trainer: Any) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,11 +52,29 @@ class Layout:
         input_path: the attacked input in the batch.
         labels_path: the labels in the batch, or None.
         logits_module: the submodule whose output are the logits, or None where they are not needed or not known.
+        logits_call: which of its calls within one step returns them, counted from 0.
     """
 
     input_path: Path
     labels_path: Path | None
-    logits_module: nn.Module | None
+    logits_module: nn.Module | None = None
+    logits_call: int = 0
+
+    @contextmanager
+    def watched(self, seen: Callable[[Tensor], None]) -> Iterator[None]:
+        """Inside, ``seen(logits)`` is called when a step has computed its logits; never where they are not known."""
+        if self.logits_module is None:
+            yield
+            return
+        calls = [0]
+
+        def leave(_: nn.Module, output: Any) -> None:
+            calls[0] += 1
+            if calls[0] == self.logits_call + 1 and (logits := logits_in(output)) is not None:
+                seen(logits)
+
+        with on_call(self.logits_module, leave):
+            yield
 
 
 class StepVictim(Victim):
@@ -118,26 +137,23 @@ class StepVictim(Victim):
         if module is None:
             return super().logits(x)
 
-        def reached(_: nn.Module, output: Any) -> None:
-            raise LogitsReached(output)
+        def cut(logits: Tensor) -> None:
+            raise LogitsReached(logits)
 
-        def call() -> Any:
+        def call() -> Tensor:
             try:
-                with on_call(module, reached):
-                    self._step(self._batch_with(x))
-            except LogitsReached as cut:
-                return cut.logits
+                with self.layout.watched(cut), backpropagated(self._module):
+                    output = self._step(self._batch_with(x))
+            except LogitsReached as reached:
+                return reached.logits
+            if loss_of(output) is None:
+                raise StepSkipped
             raise ValueError(
                 f"the step did not call {type(module).__name__}, whose output were to be the logits; name the "
                 'submodule that returns them with logits="…"'
             )
 
-        logits = logits_in(self._called(call))
-        if logits is None:
-            raise ValueError(
-                f'{type(module).__name__} returned no tensor of logits; name the submodule with logits="…"'
-            )
-        return as_logits(logits)
+        return as_logits(self._called(call))
 
     def loss_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.logits(x)
@@ -163,6 +179,10 @@ class StepVictim(Victim):
                 yield
             finally:
                 self._open = False
+
+    def replaying(self) -> AbstractContextManager[None]:
+        """For the real call: see ``Sandbox.replaying``."""
+        return self._sandbox.replaying()
 
     def _own(self, x: Tensor) -> Tensor:
         """The step's own loss, scaled."""
@@ -210,40 +230,53 @@ class StepVictim(Victim):
         return other
 
 
-def find_logits(victim: StepVictim, root: nn.Module) -> nn.Module | None:
-    """The module whose output are the logits of a classification: run the step once and watch.
+def find_logits(victim: StepVictim, root: nn.Module, named: nn.Module | None = None) -> Layout | None:
+    """Whose output are the logits of a classification: run the step once and watch.
 
     Args:
         victim: the step, with the labels of its batch.
         root: the LightningModule.
+        named: the submodule that the user named, if so.
 
     Returns:
-        The LightningModule itself where the step calls ``self(...)``, else the last of its outermost modules whose
-        output fits the labels; None where there is none, because the task has no classes.
+        The victim's layout with the call found: of the module named, or else of the LightningModule itself where the
+        step calls ``self(...)``, or else of the last of its outermost modules whose output fits the labels. Where a
+        module is called several times, the first call that the attacked input reaches. None where nothing fits, because
+        the task has no classes.
 
     Raises:
         StepSkipped: the step returned before it called anything.
+        ValueError: the step does not call the module named.
     """
-    depth, calls, found = [0], [], []
+    depth, calls, found = [0], Counter(), []
 
     def enter() -> None:
         depth[0] += 1
-        calls.append(depth[0])
 
     def leave(module: nn.Module, output: Any) -> None:
         depth[0] -= 1
+        call = calls[module]
+        calls[module] += 1
         logits = logits_in(output)
-        if depth[0] == 0 and logits is not None and is_classification(logits, victim.labels):
-            found.append(module)
+        if logits is None or (named is None and depth[0] > 0):
+            return
+        if module is named or is_classification(logits, victim.labels):
+            found.append((logits.requires_grad, module, call))
 
+    modules = [named] if named is not None else dict.fromkeys(uncompiled_modules(root))
     with ExitStack() as stack:
-        for module in dict.fromkeys(uncompiled_modules(root)):
+        for module in modules:
             if not isinstance(module, Metric):
                 stack.enter_context(on_call(module, leave, enter))
-        with torch.no_grad():
-            output = victim.output(get(victim.batch, victim.layout.input_path).detach())
-    if not calls and output is None:
+        # parameters are frozen meanwhile: what requires gradients depends on the input
+        output = victim.output(get(victim.batch, victim.layout.input_path).detach().requires_grad_(True))
+    if not calls and loss_of(output) is None:
         raise StepSkipped
-    if root in found:
-        return root
-    return found[-1] if found else None
+    if named is not None and not found:
+        raise ValueError(f"logits: the step does not call {type(named).__name__}, or it returns no tensor of logits")
+    reached = [place for place in found if place[0]] or found
+    own = [place for place in reached if place[1] is root]
+    if not reached:
+        return None
+    _, module, call = own[0] if own else next(place for place in reached if place[1] is reached[-1][1])
+    return replace(victim.layout, logits_module=module, logits_call=call)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robust_train.callbacks import _seams
-from robust_train.callbacks._batch import Path, find_input, find_labels, get, replaced
+from robust_train.callbacks._batch import Path, find_input, find_labels, get, replaced, write_back
 from robust_train.callbacks._callback import Callback, call_text, place_text, plain, submodule
 from robust_train.callbacks._sandbox import MODES, Sandbox
 from robust_train.callbacks._step import (
@@ -18,7 +19,6 @@ from robust_train.callbacks._step import (
     StepSkipped,
     StepVictim,
     find_logits,
-    logits_in,
     loss_of,
     with_loss,
 )
@@ -76,10 +76,11 @@ class AdversarialTraining(Callback):
         TypeError: ``attack``, ``threat`` or ``objective`` is of another kind, or the input is not floating point.
 
     Note:
-        Known limits: steps that differentiate in their parameters themselves (MAML) find them frozen while examples are
-        crafted; BatchNorm statistics are those of the inputs that the objective trains on; a parameter that a step
-        writes to itself (a momentum teacher) is put back after every extra call if it was written in the first batch of
-        the epoch.
+        Known limits. Steps that differentiate in their parameters themselves (MAML) find them frozen while examples are
+        crafted. Reentrant activation checkpointing cannot be differentiated by input alone: use
+        ``use_reentrant=False``. What a step writes outside of its module (to the Trainer, to classes, to globals) is
+        written by every extra call too. BatchNorm's running statistics are those of the inputs that the objective
+        trains on. While examples are crafted there is a second copy of the parameters in memory.
 
     Guarantees:
         With ``PGDAT()`` and ``eps = 0`` the run is bit-identical to one without the callback: weights, buffers, Python
@@ -174,8 +175,7 @@ class AdversarialTraining(Callback):
         if stage != "fit" or self._unwrap is not None:
             return
         self._refuse_what_cannot_work(trainer, pl_module)
-        seed = self.seed if self.seed is not None else self._run.seed
-        self._run = _Run(seed=torch.initial_seed() if seed is None else seed)
+        self._run = _Run(seed=torch.initial_seed() if self.seed is None else self.seed)
         self._unwrap = _seams.wrap_training_step(
             pl_module, lambda step, *args, **kwargs: self._step(trainer, pl_module, step, args, kwargs)
         )
@@ -210,7 +210,7 @@ class AdversarialTraining(Callback):
         self._unwrap = None
         self._run = _Run(seed=self._run.seed)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         return {"seed": self._run.seed, "settings": self.settings()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -256,8 +256,21 @@ class AdversarialTraining(Callback):
         if crafted is None or crafted.batch is not batch:  # an optimizer with a closure comes here again
             crafted = run.crafted = self._craft(trainer, module, call, batch)
         if crafted.victim is None:
-            return call(batch)
+            return self._skip(module, call, batch)
         return self._train(module, call, crafted, crafted.victim.training())
+
+    def _skip(self, module: pl.LightningModule, call: Callable[[Any], Any], batch: Any) -> Any:
+        """The extra calls found a step that skips this batch; the real one must too, or it would train undefended."""
+
+        def refuse(*_: Any) -> Tensor:
+            raise RuntimeError(
+                "the training step returned no loss when it was attacked but trains now: what it does must not depend "
+                "on how often it was called, or logits=… names a submodule that it does not call"
+            )
+
+        with _seams.before_backward(module, refuse):
+            output = call(batch)
+        return output if loss_of(output) is None or not module.automatic_optimization else refuse()
 
     def _craft(
         self, trainer: pl.Trainer, module: pl.LightningModule, call: Callable[[Any], Any], batch: Any
@@ -267,21 +280,19 @@ class AdversarialTraining(Callback):
         x = get(batch, input_path)
         if run.look_closely or not x.is_floating_point():
             self.threat.check_input(x, f"the batch's input {place_text(input_path)}")
-        guarded = [p for p in module.parameters() if run.look_closely or p in run.written]
-        sandbox = Sandbox(module, trainer, x.device, guarded)
+        sandbox = Sandbox(module, trainer, x.device)
         try:
             if run.layout is None:
                 run.layout = self._look_at_first_batch(module, call, batch, input_path, sandbox)
             scale = _seams.half_precision_loss_scale(trainer)
             victim = StepVictim(module, call, batch, run.layout, sandbox, mode=self.mode, loss_scale=scale)
             attack, threat = self.schedule(self.attack, self.threat, trainer.current_epoch, trainer.global_step)
-            generator = generator_for(
-                x.device, run.seed or 0, trainer.global_rank, trainer.current_epoch, run.batch_idx
+            seed = (run.seed or 0, _seams.data_rank(trainer), trainer.current_epoch, run.batch_idx)
+            crafted = _Crafted(
+                batch, x, attack(self.objective.attacked(victim, x), x, threat, generator_for(x.device, *seed)), victim
             )
-            crafted = _Crafted(batch, x, attack(self.objective.attacked(victim, x), x, threat, generator), victim)
         except StepSkipped:
             crafted = _Crafted(batch, x, x, None)
-        run.written |= sandbox.written
         run.look_closely = False
         return crafted
 
@@ -289,20 +300,18 @@ class AdversarialTraining(Callback):
         self, module: pl.LightningModule, call: Callable[[Any], Any], batch: Any, input_path: Path, sandbox: Sandbox
     ) -> Layout:
         """Where the labels are, and whose output the logits are; the latter only where something needs it."""
-        labels_path = find_labels(batch, input_path, self.labels)
-        if self.logits is not None:
-            return Layout(input_path, labels_path, submodule(module, self.logits))
-        layout = Layout(input_path, labels_path, None)
-        if "logits" not in self.objective.needs | self.attack.needs:
+        layout = Layout(input_path, find_labels(batch, input_path, self.labels))
+        if self.logits is None and "logits" not in self.objective.needs | self.attack.needs:
             return layout
-        logits_module = find_logits(StepVictim(module, call, batch, layout, sandbox, mode=self.mode), module)
-        if logits_module is None:
+        named = None if self.logits is None else submodule(module, self.logits)
+        found = find_logits(StepVictim(module, call, batch, layout, sandbox, mode=self.mode), module, named)
+        if found is None:
             raise ValueError(
                 f"{type(self.objective).__name__} with {type(self.attack).__name__} needs logits and class labels, and "
                 "none were found in the training step: name the submodule that returns the logits with "
                 'logits="…" and the labels with labels="…", or use PGDAT with PGD, which need neither'
             )
-        return Layout(input_path, labels_path, logits_module)
+        return found
 
     def _train(
         self, module: pl.LightningModule, call: Callable[[Any], Any], crafted: _Crafted, victim: StepVictim
@@ -319,19 +328,19 @@ class AdversarialTraining(Callback):
             module.log("train/adv_loss", loss.detach(), prog_bar=True)
             return loss
 
-        def reached(_: nn.Module, output: Any) -> None:
-            if not seen and (logits := logits_in(output)) is not None:
-                seen.append(logits)
-
         x = crafted.x_adv if objective.trains_on == "adversarial" else crafted.x
         batch = replaced(crafted.batch, layout.input_path, x)
-        with _seams.watched(layout.logits_module if objective.uses_logits else None, reached):
+        with ExitStack() as stack:
+            stack.callback(write_back, crafted.batch, batch, layout.input_path, x)
+            stack.enter_context(victim.replaying())
+            if objective.uses_logits:
+                stack.enter_context(layout.watched(seen.append))
             if not module.automatic_optimization:
-                with _seams.before_backward(module, total):
-                    return call(batch)
+                stack.enter_context(_seams.before_backward(module, total))
+                return call(batch)
             output = call(batch)
-        own = loss_of(output)
-        return output if own is None else with_loss(output, total(own))
+            own = loss_of(output)
+            return output if own is None else with_loss(output, total(own))
 
 
 class _Crafted:
@@ -349,5 +358,4 @@ class _Run:
         self.batch_idx = 0
         self.crafted: _Crafted | None = None
         self.layout: Layout | None = None
-        self.look_closely = True  # the first batch of an epoch: its range, and which parameters the step writes to
-        self.written: set[nn.Parameter] = set()
+        self.look_closely = True  # the first batch of an epoch is checked against the threat's range

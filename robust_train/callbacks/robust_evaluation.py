@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,9 +112,6 @@ class RobustEvaluation(Callback):
         names = ("attacks", "threat", "every_n_epochs", "limit_batches", "inputs", "labels", "logits", "name", "seed")
         return {name: plain(getattr(self, name)) for name in names}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"settings": self.settings()}
-
     # --- events ---------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -181,16 +178,17 @@ class RobustEvaluation(Callback):
             input_path = find_input(batch, self.inputs)
             x = get(batch, input_path)
             self.threat.check_input(x, f"the {stage} batch's input {place_text(input_path)}")
-            layout = Layout(input_path, find_labels(batch, input_path, self.labels), None)
+            labels_path = find_labels(batch, input_path, self.labels)
             sandbox = Sandbox(module, trainer, x.device)
 
             def victim(how: _HowToCall) -> StepVictim:
                 classes = how.logits_module is not None
+                layout = Layout(input_path, labels_path, how.logits_module, how.logits_call)
                 return StepVictim(
                     module,
                     lambda b: how.step(b, *_seams.step_arguments(how.step, batch_idx, loader_idx)),
                     batch,
-                    replace(layout, logits_module=how.logits_module),
+                    layout,
                     sandbox,
                     own_loss=not classes,
                     loss_scale=1.0 if classes else _seams.half_precision_loss_scale(trainer),
@@ -199,7 +197,7 @@ class RobustEvaluation(Callback):
 
             if self._model is None:
                 self._model = self._how_to_call(module, stage, victim)
-            seed = (self.seed, trainer.global_rank, loader_idx, batch_idx)
+            seed = (self.seed, _seams.data_rank(trainer), loader_idx, batch_idx)
             verdicts = judge(victim(self._model), x, self.threat, self.attacks, *seed)
         self._record(verdicts, len(x))
 
@@ -208,11 +206,9 @@ class RobustEvaluation(Callback):
     ) -> _HowToCall:
         """With the first batch: whether the task has classes, and whose output are the logits."""
         step = getattr(module, f"{stage}_step")
-        if self.logits is not None:
-            return _HowToCall(step, submodule(module, self.logits))
-        logits_module = find_logits(victim(_HowToCall(step, None)), module)
-        if logits_module is not None:
-            return _HowToCall(step, logits_module)
+        named = None if self.logits is None else submodule(module, self.logits)
+        if found := find_logits(victim(_HowToCall(step)), module, named):
+            return _HowToCall(step, found.logits_module, found.logits_call)
         needy = [name for name, attack in self.attacks.items() if "logits" in attack.needs]
         if needy:
             raise ValueError(
@@ -221,12 +217,16 @@ class RobustEvaluation(Callback):
                 "needs neither"
             )
         # a task without classes: the loss of this step where it returns one, else that of the (unwrapped) training step
-        plain_victim = victim(_HowToCall(step, None))
-        with torch.no_grad():
-            returned = plain_victim.output(get(plain_victim.batch, plain_victim.layout.input_path))
+        plain_victim = victim(_HowToCall(step))
+        returned = plain_victim.output(get(plain_victim.batch, plain_victim.layout.input_path))
         if loss_of(returned) is None:
+            if not module.automatic_optimization and not module.trainer.optimizers:
+                raise ValueError(
+                    f"{stage}_step returns no loss, and training_step, which optimizes by hand, cannot run outside of "
+                    f'fit: return the loss from {stage}_step, or name the submodule that returns logits with logits="…"'
+                )
             step = getattr(module.training_step, "__wrapped__", module.training_step)
-        return _HowToCall(step, None)
+        return _HowToCall(step)
 
     def _record(self, verdicts: Verdicts, size: int) -> None:
         kind = "loss" if verdicts.is_loss else "acc"
@@ -246,8 +246,10 @@ class RobustEvaluation(Callback):
             module.log(f"{prefix}/{name}", mean.compute(), prog_bar=shown, add_dataloader_idx=False)
 
 
+@dataclass(frozen=True)
 class _HowToCall:
     """Which step is evaluated, and whose output are its logits (None: a task without classes, or not known yet)."""
 
-    def __init__(self, step: Callable[..., Any], logits_module: nn.Module | None) -> None:
-        self.step, self.logits_module = step, logits_module
+    step: Callable[..., Any]
+    logits_module: nn.Module | None = None
+    logits_call: int = 0

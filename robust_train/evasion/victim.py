@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -103,7 +103,7 @@ class ClassifierVictim(Victim):
             yield
             return
         modes = [(m, m.training) for m in self.model.modules()]
-        with frozen(self.model), scratch_buffers(self.model):
+        with frozen(self.model.parameters()), scratch_buffers(self.model):
             try:
                 yield
             finally:
@@ -112,9 +112,9 @@ class ClassifierVictim(Victim):
 
 
 @contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Parameters take no gradients inside; ``requires_grad`` is as before afterwards."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    trainable = [p for p in parameters if p.requires_grad]
     for p in trainable:
         p.requires_grad_(False)
     try:

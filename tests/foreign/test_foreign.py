@@ -16,6 +16,8 @@ pytestmark = [  # the last two are torch.compile's own
 ]
 CLASSIFIERS = [n for n in NAMES if CASES[n.values[0]].kind == "acc"]
 
+STEPS = {"validate": "validation_step", "test": "test_step"}
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_on_adversarial_examples(name):
@@ -42,7 +44,15 @@ def test_trains_with_trades(name):
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
-@pytest.mark.parametrize("name", NAMES)
+def test_a_step_that_optimizes_by_hand_and_an_evaluation_without_loss_are_refused_outside_fit(stage):
+    case = CASES["gan"]
+    trainer = make_trainer(case.trainer, RobustEvaluation(PGD(steps=2), case.ball(0.2), **case.where))
+    with pytest.raises(ValueError, match=f"return the loss from {STEPS[stage]}"):
+        getattr(trainer, stage)(case.module(), dataloaders=case.data()["val_dataloaders"], verbose=False)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n.values[0] != "gan"])
 def test_is_evaluated(name, stage):
     case = CASES[name]
     torch.manual_seed(0)
