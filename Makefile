@@ -17,7 +17,8 @@ lint: .venv/.stamp
 	.venv/bin/pyright
 
 bench: .venv/.stamp
-	.venv/bin/python benchmarks/adversarial_training.py
+	.venv/bin/python benchmarks/overhead.py
+	.venv/bin/python benchmarks/digits.py
 
 clean:
 	rm -rf .venv build dist runs lightning_logs .pytest_cache .ruff_cache .hypothesis

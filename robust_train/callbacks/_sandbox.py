@@ -42,6 +42,7 @@ SKIPPED_PACKAGES = frozenset(
         *("robust_train", "hydra", "omegaconf", "logging", "threading", "pathlib", "functools", "transformers"),
     )
 )
+UNCHANGEABLE = frozenset((type(None), bool, int, float, str, bytes, type, types.FunctionType, types.MethodType))
 
 
 class Sandbox:
@@ -69,6 +70,8 @@ class Sandbox:
         self._layers: list[nn.Module] = []  # also modules that the user keeps in a plain list
         self._replays: dict[int, Replay] = {}
         self._values: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._contents: list[tuple[_Holder, Any]] = []
+        self._exchanged: list[tuple[_Holder, Any]] = []
         self._visit(module, 0, {id(trainer)})
         self._parameters = list(dict.fromkeys(p for m in self._layers for p in m._parameters.values() if p is not None))
         self._versions: tuple[int, ...] = ()  # of the parameters when the real call began
@@ -91,33 +94,38 @@ class Sandbox:
                 _set_versions(whole, self._versions)
             stack.enter_context(crafting_mode(self._layers, self._module, mode))
             stack.enter_context(silenced(self._module, self._trainer))
+            self._contents = [(holder, holder.content()) for holder in self._holders]
+            self._exchanged = [
+                (h, content) for h, content in self._contents if any(map(_is_exchanged, _values(content)))
+            ]
             try:
                 yield
             finally:
-                self._values = []
+                self._values, self._contents, self._exchanged = [], [], []
 
     def call(self, step: Callable[[], Any]) -> Any:
         """One extra call; the module and its generators are as before afterwards, the global ones after the series."""
         generators = [(g, _generator_state(g)) for g, _ in self._generators.values()]
-        contents = [holder.content() for holder in self._holders]
         copies: dict[int, Any] = {}
         first = self._numpy_used is None
         try:
-            for holder, content in zip(self._holders, contents, strict=True):
+            for holder, content in self._exchanged:
                 holder.fill(content, lambda value: self._copy(value, copies))
             set_global_rng(self._rng, self._device, numpy=first or bool(self._numpy_used))
             for generator, state in self._generators.values():
                 _set_generator_state(generator, state)
             return step()
         finally:
-            for holder, content in zip(self._holders, contents, strict=True):
+            for holder, content in self._contents:
                 holder.put_back(content)
             for generator, state in generators:
                 _set_generator_state(generator, state)
-            for p, storage, value in self._values:
+            for p, storage, _ in self._values:
                 if p.data_ptr() != storage.data_ptr():
                     p.data = storage
-                storage.copy_(value)  # through .data, so that autograd does not count it as a change
+            if self._values:  # through .data, so that autograd does not count it as a change
+                stored, kept = [storage for _, storage, _ in self._values], [value for _, _, value in self._values]
+                torch._foreach_copy_(stored, kept)  # pyright: ignore[reportPrivateImportUsage]
             if first:  # a step that draws from numpy does so in every call
                 self._numpy_used = numpy_moved(self._rng)
 
@@ -139,10 +147,12 @@ class Sandbox:
 
     def _copy(self, value: Any, copies: dict[int, Any]) -> Any:
         """A private copy of what a step may write into; what was shared stays shared; all else as it is."""
-        if isinstance(value, tuple) and any(isinstance(v, (Tensor, np.ndarray)) for v in value):
+        if not _is_exchanged(value):
+            return value
+        if isinstance(value, tuple):
             items = [self._copy(v, copies) for v in value]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if isinstance(value, nn.Parameter) or not isinstance(value, (Tensor, np.ndarray)):
+        if isinstance(value, Iterator):
             return self._replay(value)
         if id(value) not in copies:
             if isinstance(value, np.ndarray):
@@ -225,6 +235,19 @@ class Replay(Iterator):
     def finished(self) -> bool:
         """Whether everything remembered was drawn again, so that the source itself can go on."""
         return self._at == len(self.drawn)
+
+
+def _is_exchanged(value: Any) -> bool:
+    """Whether a step may write into ``value`` itself, or draw from it: such values are exchanged for an extra call."""
+    if type(value) in UNCHANGEABLE or isinstance(value, nn.Parameter):
+        return False
+    if isinstance(value, tuple):
+        return any(map(_is_exchanged, value))
+    return isinstance(value, (Tensor, np.ndarray, Iterator))
+
+
+def _values(content: Any) -> Iterable[Any]:
+    return content.values() if isinstance(content, dict) else content if len(content) <= LONGEST_CONTAINER else ()
 
 
 def _finished(value: Any) -> Any:
