@@ -11,8 +11,6 @@ which also keeps pending autograd graphs valid. Parameters, which others hold by
 
 from __future__ import annotations
 
-import random
-import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,23 +24,32 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torchmetrics import Metric
 
 from robust_train.callbacks._seams import silenced
+from robust_train.callbacks._state import (
+    LONGEST_CONTAINER,
+    Attributes,
+    Container,
+    Holder,
+    Replay,
+    Slots,
+    Statistics,
+    finished,
+    generator_state,
+    is_exchanged,
+    is_generator,
+    is_plain_object,
+    set_generator_state,
+    slots_of,
+    values_in,
+)
 from robust_train.evasion.randomness import get_global_rng, numpy_moved, set_global_rng
 from robust_train.evasion.victim import frozen
 
 MODES = ("eval", "batch", "train")
-LONGEST_CONTAINER = 4096  # what longer lists hold is not looked into; the list itself is put back all the same
 DEEPEST = 6
-# not state of the user's: the framework's own attributes of a module, and the objects of these packages
+# the framework's own attributes of a module
 SKIPPED_ATTRIBUTES = frozenset(
     ("_parameters", "_buffers", "_modules", "_trainer", "_fabric", "_compiler_ctx", "_compiled_call_impl", "training")
 )
-SKIPPED_PACKAGES = frozenset(
-    (
-        *("builtins", "torch", "numpy", "pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities"),
-        *("robust_train", "hydra", "omegaconf", "logging", "threading", "pathlib", "functools", "transformers"),
-    )
-)
-UNCHANGEABLE = frozenset((type(None), bool, int, float, str, bytes, type, types.FunctionType, types.MethodType))
 
 
 class Sandbox:
@@ -65,13 +72,13 @@ class Sandbox:
         self._module, self._trainer, self._device = module, trainer, device
         self._rng = get_global_rng(device)
         self._numpy_used: bool | None = None
-        self._holders: list[_Holder] = []
+        self._holders: list[Holder] = []
         self._generators: dict[int, tuple[Any, Any]] = {}
         self._layers: list[nn.Module] = []  # also modules that the user keeps in a plain list
         self._replays: dict[int, Replay] = {}
         self._values: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-        self._contents: list[tuple[_Holder, Any]] = []
-        self._exchanged: list[tuple[_Holder, Any]] = []
+        self._contents: list[tuple[Holder, Any]] = []
+        self._exchanged: list[tuple[Holder, Any]] = []
         self._visit(module, 0, {id(trainer)})
         self._parameters = list(dict.fromkeys(p for m in self._layers for p in m._parameters.values() if p is not None))
         self._versions: tuple[int, ...] = ()  # of the parameters when the real call began
@@ -96,7 +103,7 @@ class Sandbox:
             stack.enter_context(silenced(self._module, self._trainer))
             self._contents = [(holder, holder.content()) for holder in self._holders]
             self._exchanged = [
-                (h, content) for h, content in self._contents if any(map(_is_exchanged, _values(content)))
+                (h, content) for h, content in self._contents if any(map(is_exchanged, values_in(content)))
             ]
             try:
                 yield
@@ -105,7 +112,7 @@ class Sandbox:
 
     def call(self, step: Callable[[], Any]) -> Any:
         """One extra call; the module and its generators are as before afterwards, the global ones after the series."""
-        generators = [(g, _generator_state(g)) for g, _ in self._generators.values()]
+        generators = [(g, generator_state(g)) for g, _ in self._generators.values()]
         copies: dict[int, Any] = {}
         first = self._numpy_used is None
         try:
@@ -113,13 +120,13 @@ class Sandbox:
                 holder.fill(content, lambda value: self._copy(value, copies))
             set_global_rng(self._rng, self._device, numpy=first or bool(self._numpy_used))
             for generator, state in self._generators.values():
-                _set_generator_state(generator, state)
+                set_generator_state(generator, state)
             return step()
         finally:
             for holder, content in self._contents:
                 holder.put_back(content)
             for generator, state in generators:
-                _set_generator_state(generator, state)
+                set_generator_state(generator, state)
             for p, storage, _ in self._values:
                 if p.data_ptr() != storage.data_ptr():
                     p.data = storage
@@ -143,11 +150,11 @@ class Sandbox:
             yield
         finally:
             for holder in self._holders:
-                holder.fill(holder.content(), _finished)
+                holder.fill(holder.content(), finished)
 
     def _copy(self, value: Any, copies: dict[int, Any]) -> Any:
         """A private copy of what a step may write into; what was shared stays shared; all else as it is."""
-        if not _is_exchanged(value):
+        if not is_exchanged(value):
             return value
         if isinstance(value, tuple):
             items = [self._copy(v, copies) for v in value]
@@ -174,21 +181,21 @@ class Sandbox:
         seen.add(id(value))
         if isinstance(value, nn.Module):
             self._visit_module(value, depth, seen)
-        elif _is_generator(value):
-            self._generators[id(value)] = (value, _generator_state(value))
+        elif is_generator(value):
+            self._generators[id(value)] = (value, generator_state(value))
         elif isinstance(value, (list, dict, set, deque)):
-            self._holders.append(_Container(value))
+            self._holders.append(Container(value))
             if len(value) <= LONGEST_CONTAINER:
                 self._visit_all(value.values() if isinstance(value, dict) else value, depth, seen)
         elif isinstance(value, tuple) and len(value) <= LONGEST_CONTAINER:
             self._visit_all(value, depth, seen)
-        elif _is_plain_object(value):
+        elif is_plain_object(value):
             if isinstance(getattr(value, "__dict__", None), dict):
-                self._holders.append(_Attributes(value.__dict__))
+                self._holders.append(Attributes(value.__dict__))
                 self._visit_all(value.__dict__.values(), depth, seen)
-            if slots := _slots(value):
-                self._holders.append(_Slots(value, slots))
-                self._visit_all(_Slots(value, slots).content().values(), depth, seen)
+            if slots := slots_of(value):
+                self._holders.append(Slots(value, slots))
+                self._visit_all(Slots(value, slots).content().values(), depth, seen)
 
     def _visit_all(self, values: Iterable[Any], depth: int, seen: set[int]) -> None:
         for value in list(values):
@@ -197,13 +204,13 @@ class Sandbox:
     def _visit_module(self, module: nn.Module, depth: int, seen: set[int]) -> None:
         self._layers.append(module)
         if isinstance(module, _NormBase):
-            self._holders.append(_Statistics(module))
+            self._holders.append(Statistics(module))
         elif type(module).__module__.startswith("torch.nn"):  # torch's own layers keep nothing but buffers
             if module._buffers:
-                self._holders.append(_Attributes(module._buffers))
+                self._holders.append(Attributes(module._buffers))
         else:
-            self._holders.append(_Attributes(module._buffers))
-            self._holders.append(_Attributes(module.__dict__, SKIPPED_ATTRIBUTES))
+            self._holders.append(Attributes(module._buffers))
+            self._holders.append(Attributes(module.__dict__, SKIPPED_ATTRIBUTES))
             for name, item in list(module.__dict__.items()):
                 if name not in SKIPPED_ATTRIBUTES and not name.endswith("_hooks"):
                     self._visit(item, depth + 1, seen)
@@ -212,190 +219,9 @@ class Sandbox:
                 self._visit(child, 0, seen)
 
 
-class Replay(Iterator):
-    """An iterator's stand-in that remembers what was drawn, so that every call of a step draws the same."""
-
-    def __init__(self, source: Iterator[Any]) -> None:
-        self.source = source
-        self.drawn: list[Any] = []
-        self._at = 0
-
-    def rewound(self) -> Replay:
-        """Itself, back at the start."""
-        self._at = 0
-        return self
-
-    def __next__(self) -> Any:
-        if self._at == len(self.drawn):
-            self.drawn.append(next(self.source))
-        self._at += 1
-        return self.drawn[self._at - 1]
-
-    @property
-    def finished(self) -> bool:
-        """Whether everything remembered was drawn again, so that the source itself can go on."""
-        return self._at == len(self.drawn)
-
-
-def _is_exchanged(value: Any) -> bool:
-    """Whether a step may write into ``value`` itself, or draw from it: such values are exchanged for an extra call."""
-    if type(value) in UNCHANGEABLE or isinstance(value, nn.Parameter):
-        return False
-    if isinstance(value, tuple):
-        return any(map(_is_exchanged, value))
-    return isinstance(value, (Tensor, np.ndarray, Iterator))
-
-
-def _values(content: Any) -> Iterable[Any]:
-    return content.values() if isinstance(content, dict) else content if len(content) <= LONGEST_CONTAINER else ()
-
-
-def _finished(value: Any) -> Any:
-    """The source of a replay that is through; another replay goes on as it is."""
-    return value.source if isinstance(value, Replay) and value.finished else value
-
-
-class _Holder:
-    """Something whose content is exchanged while its identity stays."""
-
-    def content(self) -> Any:
-        raise NotImplementedError  # pragma: no cover
-
-    def fill(self, content: Any, exchange: Callable[[Any], Any]) -> None:
-        """Put ``exchange(value)`` in each value's place."""
-        raise NotImplementedError  # pragma: no cover
-
-    def put_back(self, content: Any) -> None:
-        raise NotImplementedError  # pragma: no cover
-
-
-class _Attributes(_Holder):
-    """A namespace: attributes of a module or object, or a module's buffers."""
-
-    def __init__(self, namespace: dict[str, Any], skipped: frozenset[str] = frozenset()) -> None:
-        self._namespace, self._skipped = namespace, skipped
-
-    def content(self) -> dict[str, Any]:
-        return {k: v for k, v in self._namespace.items() if k not in self._skipped}
-
-    def fill(self, content: dict[str, Any], exchange: Callable[[Any], Any]) -> None:
-        for key, value in content.items():
-            if (other := exchange(value)) is not value:
-                self._namespace[key] = other
-
-    def put_back(self, content: dict[str, Any]) -> None:
-        for key in [k for k in self._namespace if k not in content and k not in self._skipped]:
-            del self._namespace[key]
-        for key, value in content.items():
-            if self._namespace.get(key, self) is not value:
-                self._namespace[key] = value
-
-
-class _Slots(_Holder):
-    """Attributes of an object whose class has ``__slots__``."""
-
-    def __init__(self, owner: Any, names: list[str]) -> None:
-        self._owner, self._names = owner, names
-
-    def content(self) -> dict[str, Any]:
-        return {name: getattr(self._owner, name) for name in self._names if hasattr(self._owner, name)}
-
-    def fill(self, content: dict[str, Any], exchange: Callable[[Any], Any]) -> None:
-        for name, value in content.items():
-            if (other := exchange(value)) is not value:
-                object.__setattr__(self._owner, name, other)
-
-    def put_back(self, content: dict[str, Any]) -> None:
-        for name in self._names:
-            if name in content:
-                object.__setattr__(self._owner, name, content[name])
-            elif hasattr(self._owner, name):
-                object.__delattr__(self._owner, name)
-
-
-class _Statistics(_Attributes):
-    """Running statistics, which a layer writes only while it trains them."""
-
-    def __init__(self, layer: _NormBase) -> None:
-        super().__init__(layer._buffers)
-        self._layer = layer
-
-    def content(self) -> dict[str, Any]:
-        return super().content() if self._layer.training and self._layer.track_running_stats else {}
-
-    def put_back(self, content: dict[str, Any]) -> None:
-        if content:
-            super().put_back(content)
-
-
-class _Container(_Holder):
-    """A list, deque, dict or set."""
-
-    def __init__(self, container: Any) -> None:
-        self._container = container
-
-    def content(self) -> Any:
-        return dict(self._container) if isinstance(self._container, dict) else list(self._container)
-
-    def fill(self, content: Any, exchange: Callable[[Any], Any]) -> None:
-        if len(content) > LONGEST_CONTAINER or isinstance(self._container, set):
-            return
-        if isinstance(content, dict):
-            others: Any = {k: exchange(v) for k, v in content.items()}
-            changed = any(others[k] is not v for k, v in content.items())
-        else:
-            others = [exchange(v) for v in content]
-            changed = any(o is not v for o, v in zip(others, content, strict=True))
-        if changed:
-            self.put_back(others)
-
-    def put_back(self, content: Any) -> None:
-        if isinstance(self._container, list):
-            self._container[:] = content
-            return
-        self._container.clear()
-        (self._container.extend if isinstance(self._container, deque) else self._container.update)(content)
-
-
 def _set_versions(tensors: tuple[Tensor, ...], versions: tuple[int, ...]) -> None:
     """What ``_unsafe_preserve_version_counter`` does when it is left."""
     torch._C._autograd._unsafe_set_version_counter(tensors, versions)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _slots(value: Any) -> list[str]:
-    names = [n for cls in type(value).__mro__ for n in _as_tuple(cls.__dict__.get("__slots__", ()))]
-    return [n for n in names if n not in ("__dict__", "__weakref__")]
-
-
-def _as_tuple(names: Any) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _is_plain_object(value: Any) -> bool:
-    """An object of the user's own classes, such as a running-average meter."""
-    kinds = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
-    if isinstance(value, (*kinds, torch.optim.Optimizer, Iterator)):
-        return False
-    return type(value).__module__.partition(".")[0] not in SKIPPED_PACKAGES
-
-
-def _is_generator(value: Any) -> bool:
-    return isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState))
-
-
-def _generator_state(generator: Any) -> Any:
-    if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
-    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
-
-
-def _set_generator_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.set_state(state)
 
 
 @contextmanager
