@@ -61,10 +61,10 @@ def _run(cfg: DictConfig) -> float:
     folder = Path(HydraConfig.get().runtime.output_dir)
     recipe = HydraConfig.get().runtime.choices.get("recipe", "recipe")
     for node in ("model", "data", "trainer", "callbacks", "judge"):
-        if node not in cfg:
-            raise ConfigError(f"{node}: missing; the composed config has {', '.join(map(str, cfg))}")
+        if cfg.get(node) is None:
+            raise ConfigError(f"{node}: missing; name one, for example with recipe=… or {node}=…")
     threat = build(cfg.threat, allow=list(cfg.allow))
-    attacks = _judges(cfg)
+    attacks = _judges(cfg, threat)
     names = (["standard"] if cfg.baseline else []) + [recipe]
     results, models = {}, {}
     for name in names:
@@ -73,7 +73,6 @@ def _run(cfg: DictConfig) -> float:
         models[name], data = _train(cfg, folder / name, defended=name == recipe)
         seconds = time.perf_counter() - start
         results[name] = {**_judge(cfg, models[name], data, threat, attacks), "train_seconds": round(seconds, 1)}
-    rows = _pictures(models, threat, attacks, cfg)
     summary = {
         "recipe": recipe,
         "threat": threat.describe(),
@@ -86,6 +85,7 @@ def _run(cfg: DictConfig) -> float:
     }
     (folder / "result.json").write_text(json.dumps(summary, indent=2, default=str) + "\n", encoding="utf-8")
     (folder / "result.csv").write_text(comparison.as_csv(results), encoding="utf-8")
+    rows = _pictures(models, threat, attacks, cfg)
     (folder / "figure.svg").write_text(
         comparison.figure(results, threat=threat.describe(), eps=threat.radius, rows=rows), encoding="utf-8"
     )
@@ -95,7 +95,7 @@ def _run(cfg: DictConfig) -> float:
     return final["robust_acc"] if "robust_acc" in final else -final["robust_loss"]
 
 
-def _judges(cfg: DictConfig) -> dict[str, Any]:
+def _judges(cfg: DictConfig, threat: Any) -> dict[str, Any]:
     """The attacks that judge; says aloud which of them cannot run."""
     nodes: Any = OmegaConf.to_container(cfg.judge.attacks, resolve=True)
     if find_spec("torchattacks") is None:
@@ -103,6 +103,12 @@ def _judges(cfg: DictConfig) -> dict[str, Any]:
             del nodes[name]
             print(f"judge.attacks.{name} is not run: torchattacks is not installed (see README, Dependencies).")
     attacks = build({str(name): node for name, node in nodes.items() if node}, allow=list(cfg.allow))
+    for name, attack in list(attacks.items()):
+        try:
+            attack.check(threat)
+        except ValueError as error:
+            del attacks[name]
+            print(f"judge.attacks.{name} is not run: {error}.")
     if not attacks:
         raise ConfigError("judge.attacks: no attack is left to judge with; name at least one")
     return attacks
@@ -191,13 +197,15 @@ def _judge(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Judging makes several evaluations at once; what they announce is in ``result.json``."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(f"{root}.utilities.rank_zero") for root in ("lightning.pytorch", "pytorch_lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _pictures(
@@ -212,7 +220,7 @@ def _pictures(
     data = build(cfg.data, allow=list(cfg.allow))
     data.prepare_data()
     data.setup("test")
-    batch = next(iter(data.test_dataloader()))
+    batch = data.on_after_batch_transfer(next(iter(data.test_dataloader())), 0)
     if not isinstance(batch, (list, tuple)) or len(batch) != 2 or not all(isinstance(t, torch.Tensor) for t in batch):
         return None
     x, labels = batch

@@ -35,26 +35,25 @@ def find_input(batch: Any, inputs: str | int | Path | None = None) -> Path:
     raise ValueError(f"the batch ({type(batch).__name__}) holds no tensor that could be attacked")
 
 
-def find_labels(batch: Any, input_path: Path, labels: str | int | Path | None = None) -> Path | None:
-    """Where the labels lie: as told, else a tensor named like one of ``LABEL_NAMES``, else the first tensor after the
-    input.
-
-    Returns:
-        A path, or None where the batch has no further tensor.
+def label_candidates(batch: Any, input_path: Path, labels: str | int | Path | None = None) -> tuple[Path, ...]:
+    """Where the labels may lie, the likeliest first: as told and nowhere else; or tensors named like ``LABEL_NAMES``,
+    in that order, then integer tensors, then others, those after the input before those in front of it.
 
     Raises:
         ValueError: ``labels`` names no tensor.
     """
     places = list(_tensors(batch))
     if labels is not None:
-        return _named(batch, labels, places, "labels")
-    others = [path for path, _ in places if path != input_path]
-    named = [path for path in others if path and str(path[-1]).lower() in LABEL_NAMES]
+        return (_named(batch, labels, places, "labels"),)
     order = [path for path, _ in places]
-    after = [path for path in others if order.index(path) > order.index(input_path)]
-    # an integer tensor is a better guess than another floating-point input
-    whole = [p for p in after if not get(batch, p).is_floating_point()]
-    return next(iter(named + whole + after), None)
+
+    def rank(place: tuple[Path, Tensor]) -> tuple[int, bool, bool]:
+        path, tensor = place
+        name = str(path[-1]).lower() if path else ""
+        named = LABEL_NAMES.index(name) if name in LABEL_NAMES else len(LABEL_NAMES)
+        return named, tensor.is_floating_point(), order.index(path) < order.index(input_path)
+
+    return tuple(path for path, _ in sorted(places, key=rank) if path != input_path)
 
 
 def get(batch: Any, path: Path) -> Any:
@@ -202,6 +201,8 @@ def _named(batch: Any, asked: str | int | Path, places: list[tuple[Path, Tensor]
         except (KeyError, IndexError, AttributeError, TypeError):
             continue
         if isinstance(found, Tensor):
+            if any(place == path for place, _ in places):
+                return path
             # an index into a named tuple, or a negative one, becomes the place's usual name
             return next((place for place, tensor in places if tensor is found), path)
     known = ", ".join(".".join(map(str, path)) or "the batch itself" for path, _ in places) or "none"

@@ -90,8 +90,12 @@ class Sandbox:
         # those that FSDP shards are written by nobody else, and change their storage in every forward pass
         whole = tuple(p for p in self._parameters if not hasattr(p, "to_local"))
         self._values = [(p, p.data, p.detach().clone()) for p in whole]
+        grads = [(p, p.grad) for p in self._parameters if p.grad is not None]
+        for p, _ in grads:  # out of the step's reach: it may clear them
+            p.grad = None
         with ExitStack() as stack:
             stack.callback(set_global_rng, rng, self._device)
+            stack.callback(_give_back, grads)
             if frozen_parameters:
                 stack.enter_context(frozen(self._parameters))
             elif whole:
@@ -217,6 +221,11 @@ class Sandbox:
         for child in module._modules.values():
             if child is not None:
                 self._visit(child, 0, seen)
+
+
+def _give_back(grads: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for p, grad in grads:
+        p.grad = grad
 
 
 def _set_versions(tensors: tuple[Tensor, ...], versions: tuple[int, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -32,8 +32,13 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Stands in for what an extra call must not do."""
 
 
+def _closure_only(closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+    """An optimizer's step that changes nothing; a closure is run, because the loss is in there."""
+    return None if closure is None else closure()
+
+
 class IdleOptimizer:
-    """Reads like the user's optimizer and changes nothing; a closure is run, because the loss is in there."""
+    """Reads like the user's optimizer and changes nothing."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -41,9 +46,7 @@ class IdleOptimizer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._optimizer, name)
 
-    def step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
-        return None if closure is None else closure()
-
+    step = staticmethod(_closure_only)
     zero_grad = add_param_group = load_state_dict = staticmethod(_nothing)
 
     @contextmanager
@@ -116,14 +119,14 @@ def silenced(module: Any, trainer: Any) -> Iterator[None]:
             "clip_gradients": _nothing,
         }
     loggers = list(trainer.loggers)
-    with patched(module, **attributes):
+    with ExitStack() as stack:
+        stack.enter_context(patched(module, **attributes))
+        for optimizer in trainer.optimizers:  # also reached past self.optimizers()
+            stack.enter_context(patched(optimizer, step=_closure_only, zero_grad=_nothing))
         if loggers:
+            stack.callback(setattr, trainer, "loggers", loggers)
             trainer.loggers = [IdleLogger(logger) for logger in loggers]
-        try:
-            yield
-        finally:
-            if loggers:
-                trainer.loggers = loggers
+        yield
 
 
 @contextmanager
@@ -237,7 +240,7 @@ def autocast_context(trainer: Any, stage: str) -> Any:
     return plugin.test_step_context() if stage == "test" else plugin.val_step_context()
 
 
-def half_precision_loss_scale(trainer: Any) -> float:
+def gradient_scale(trainer: Any) -> float:
     """Factor against gradients that underflow in fp16: an input's share of a mean loss is tiny. 1 elsewhere."""
     return 2.0**16 if str(trainer.precision).startswith("16") else 1.0
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from pytorch_lightning.core.hooks import DataHooks
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.data import DataLoader, Dataset
 
 LONGEST_CONTAINER = 4096  # what longer lists hold is not looked into; the list itself is put back all the same
 # the objects of these packages are not state of the user's
@@ -181,7 +183,7 @@ def _as_tuple(names: Any) -> tuple[str, ...]:
 def is_plain_object(value: Any) -> bool:
     """An object of the user's own classes, such as a running-average meter."""
     kinds = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
-    if isinstance(value, (*kinds, torch.optim.Optimizer, Iterator)):
+    if isinstance(value, (*kinds, torch.optim.Optimizer, Dataset, DataLoader, DataHooks, Iterator)):
         return False
     return type(value).__module__.partition(".")[0] not in SKIPPED_PACKAGES
 

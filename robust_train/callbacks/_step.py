@@ -35,6 +35,8 @@ def logits_in(output: Any) -> Tensor | None:
     """The scores in what a module returned, or None."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() and output.ndim else None
+    if isinstance(output, (tuple, list)) and not hasattr(output, "logits"):  # (logits, features, …)
+        return logits_in(output[0]) if output else None
     if isinstance(output, Mapping):
         return next((logits_in(output[key]) for key in LOGITS_KEYS if key in output), None)
     return logits_in(getattr(output, "logits", None)) if hasattr(output, "logits") else None
@@ -51,6 +53,7 @@ class Layout:
     Attributes:
         input_path: the attacked input in the batch.
         labels_path: the labels in the batch, or None.
+        candidates: where labels may lie, the likeliest first, while it is not known.
         logits_module: the submodule whose output are the logits, or None where they are not needed or not known.
         logits_call: which of its calls within one step returns them, counted from 0.
     """
@@ -59,6 +62,7 @@ class Layout:
     labels_path: Path | None
     logits_module: nn.Module | None = None
     logits_call: int = 0
+    candidates: tuple[Path, ...] = ()
 
     @contextmanager
     def watched(self, seen: Callable[[Tensor], None]) -> Iterator[None]:
@@ -88,7 +92,7 @@ class StepVictim(Victim):
         sandbox: keeps extra calls from leaving a trace.
         mode: behaviour of dropout and batch normalisation, see ``crafting_mode``.
         own_loss: attack the step's own loss; otherwise the cross-entropy of its logits.
-        loss_scale: factor on the own loss against underflow in fp16.
+        gradient_scale: see ``Victim``.
         stop_when_fooled: see ``Victim``.
     """
 
@@ -102,11 +106,11 @@ class StepVictim(Victim):
         *,
         mode: str = "eval",
         own_loss: bool = True,
-        loss_scale: float = 1.0,
+        gradient_scale: float = 1.0,
         stop_when_fooled: bool = False,
     ) -> None:
         self._module, self._step, self.batch, self._sandbox = module, step, batch, sandbox
-        self.layout, self._mode, self._own_loss, self._scale = layout, mode, own_loss, loss_scale
+        self.layout, self._mode, self._own_loss, self.gradient_scale = layout, mode, own_loss, gradient_scale
         self.labels = None if layout.labels_path is None else get(batch, layout.labels_path)
         self.stop_when_fooled = stop_when_fooled
         provides = {"loss"}
@@ -185,7 +189,7 @@ class StepVictim(Victim):
         return self._sandbox.replaying()
 
     def _own(self, x: Tensor) -> Tensor:
-        """The step's own loss, scaled."""
+        """The step's own loss."""
 
         def call() -> Tensor:
             with backpropagated(self._module) as handed:
@@ -202,8 +206,7 @@ class StepVictim(Victim):
                 raise StepSkipped
             return loss
 
-        loss = self._called(call)
-        return loss if self._scale == 1.0 else loss * self._scale
+        return self._called(call)
 
     def _called(self, call: Callable[[], Any]) -> Any:
         with self.undisturbed():
@@ -222,9 +225,10 @@ class StepVictim(Victim):
             self._sandbox,
             mode=self._mode if mode is None else mode,
             own_loss=self._own_loss,
-            loss_scale=self._scale if mode is None else 1.0,
+            gradient_scale=self.gradient_scale,
             stop_when_fooled=self.stop_when_fooled,
         )
+        other.gradients = self.gradients
         other._frozen = self._frozen if frozen is None else frozen
         other._open = self._open if mode is None else False
         return other
@@ -234,7 +238,7 @@ def find_logits(victim: StepVictim, root: nn.Module, named: nn.Module | None = N
     """Whose output are the logits of a classification: run the step once and watch.
 
     Args:
-        victim: the step, with the labels of its batch.
+        victim: the step; its layout has the candidates for the labels.
         root: the LightningModule.
         named: the submodule that the user named, if so.
 
@@ -246,9 +250,9 @@ def find_logits(victim: StepVictim, root: nn.Module, named: nn.Module | None = N
 
     Raises:
         StepSkipped: the step returned before it called anything.
-        ValueError: the step does not call the module named.
+        ValueError: the step does not call the module named, or its output fits no labels.
     """
-    depth, calls, found = [0], Counter(), []
+    depth, calls, found, candidates = [0], Counter(), [], victim.layout.candidates
 
     def enter() -> None:
         depth[0] += 1
@@ -260,8 +264,9 @@ def find_logits(victim: StepVictim, root: nn.Module, named: nn.Module | None = N
         logits = logits_in(output)
         if logits is None or (named is None and depth[0] > 0):
             return
-        if module is named or is_classification(logits, victim.labels):
-            found.append((logits.requires_grad, module, call))
+        fits = [p for p in candidates if is_classification(logits, get(victim.batch, p))]
+        if fits or (module is named and not candidates):
+            found.append((logits.requires_grad, module, call, fits[0] if fits else None))
 
     modules = [named] if named is not None else dict.fromkeys(uncompiled_modules(root))
     with ExitStack() as stack:
@@ -273,10 +278,13 @@ def find_logits(victim: StepVictim, root: nn.Module, named: nn.Module | None = N
     if not calls and loss_of(output) is None:
         raise StepSkipped
     if named is not None and not found:
-        raise ValueError(f"logits: the step does not call {type(named).__name__}, or it returns no tensor of logits")
+        raise ValueError(
+            f"logits: the step does not call {type(named).__name__}, or what it returns does not fit the labels "
+            f"(candidates: {', '.join('.'.join(map(str, p)) for p in candidates) or 'none'}); name them with labels=…"
+        )
     reached = [place for place in found if place[0]] or found
     own = [place for place in reached if place[1] is root]
     if not reached:
         return None
-    _, module, call = own[0] if own else next(place for place in reached if place[1] is reached[-1][1])
-    return replace(victim.layout, logits_module=module, logits_call=call)
+    _, module, call, labels_path = own[0] if own else next(p for p in reached if p[1] is reached[-1][1])
+    return replace(victim.layout, logits_module=module, logits_call=call, labels_path=labels_path)

@@ -8,10 +8,11 @@ from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from robust_train.callbacks import _seams
-from robust_train.callbacks._batch import Path, find_input, find_labels, get, replaced, write_back
+from robust_train.callbacks._batch import Path, find_input, get, label_candidates, replaced, write_back
 from robust_train.callbacks._callback import Callback, call_text, place_text, plain, submodule
 from robust_train.callbacks._sandbox import MODES, Sandbox
 from robust_train.callbacks._step import (
@@ -55,8 +56,8 @@ class AdversarialTraining(Callback):
         inputs: which part of the batch is attacked: an index, a name, or a dotted path (``"views.0"``). None: a tensor
             named like an input (``x``, ``image``, …), else the first tensor with at least two dimensions, else the
             first tensor.
-        labels: where the labels are, for what needs them (targeted attacks, torchattacks); None: a tensor named like
-            labels, else the first integer tensor after the input.
+        labels: where the labels are, for what needs them (targeted attacks, torchattacks); None: the first that fits
+            the logits of tensors named like labels, of integer tensors, and of the others.
         logits: name of the submodule whose output are the logits (``"net.head"``), for what needs them (TRADES,
             targeted attacks, torchattacks); None: what ``self(...)`` returns in the step, else what the last of the
             step's modules does.
@@ -76,11 +77,12 @@ class AdversarialTraining(Callback):
         TypeError: ``attack``, ``threat`` or ``objective`` is of another kind, or the input is not floating point.
 
     Note:
-        Known limits. Steps that differentiate in their parameters themselves (MAML) find them frozen while examples are
-        crafted. Reentrant activation checkpointing cannot be differentiated by input alone: use
-        ``use_reentrant=False``. What a step writes outside of its module (to the Trainer, to classes, to globals) is
-        written by every extra call too. BatchNorm's running statistics are those of the inputs that the objective
-        trains on. While examples are crafted there is a second copy of the parameters in memory.
+        Known limits. Only layers are switched to eval mode: ``F.dropout(x, p, self.training)`` in a module that has
+        children stays active while examples are crafted. Steps that differentiate in their parameters themselves (MAML)
+        find them frozen while examples are crafted. Reentrant activation checkpointing cannot be differentiated by
+        input alone: use ``use_reentrant=False``. What a step writes outside of its module (to the Trainer, to classes,
+        to globals) is written by every extra call too. BatchNorm's running statistics are those of the inputs that the
+        objective trains on. While examples are crafted there is a second copy of the parameters in memory.
 
     Guarantees:
         With ``PGDAT()`` and ``eps = 0`` the run is bit-identical to one without the callback: weights, buffers, Python
@@ -121,11 +123,22 @@ class AdversarialTraining(Callback):
                 raise ValueError(f"adversarial_training.{name} must be one of {', '.join(choices)}, got {value!r}")
         if warmup_epochs < 0:
             raise ValueError(f"adversarial_training.warmup_epochs must be >= 0, got {warmup_epochs}")
-        if objective.needs_random_start and attack.starts_at_clean_input:
+        if objective.replaces_loss and attack.needs - {"loss"}:
+            raise ValueError(
+                f"{type(objective).__name__} has a loss of its own to be attacked, and {call_text(attack)} chooses its "
+                "own from logits and labels: use PGD or FGSM, untargeted"
+            )
+        if objective.replaces_loss and attack.starts_at_clean_input:
             raise ValueError(
                 f"{type(objective).__name__} attacks a loss that has no gradient at the clean input, where this "
                 f"{type(attack).__name__} starts: give it a random start (PGD: random_start=true, FGSM: noise=1)"
             )
+        if warmup_epochs and warmup != "eps" and not hasattr(attack, "steps"):
+            raise ValueError(
+                f'adversarial_training.warmup="{warmup}": {call_text(attack)} has no steps that could grow; use '
+                'warmup="eps", or override schedule'
+            )
+        attack.check(threat)
         self.attack, self.threat, self.objective = attack, threat, objective
         self.inputs, self.labels, self.logits, self.mode = inputs, labels, logits, mode
         self.warmup_epochs, self.warmup, self.seed = warmup_epochs, warmup, seed
@@ -284,8 +297,9 @@ class AdversarialTraining(Callback):
         try:
             if run.layout is None:
                 run.layout = self._look_at_first_batch(module, call, batch, input_path, sandbox)
-            scale = _seams.half_precision_loss_scale(trainer)
-            victim = StepVictim(module, call, batch, run.layout, sandbox, mode=self.mode, loss_scale=scale)
+            scale = _seams.gradient_scale(trainer)
+            victim = StepVictim(module, call, batch, run.layout, sandbox, mode=self.mode, gradient_scale=scale)
+            victim.gradients = [] if run.look_closely and self.threat.radius > 0 else None
             attack, threat = self.schedule(self.attack, self.threat, trainer.current_epoch, trainer.global_step)
             seed = (run.seed or 0, _seams.data_rank(trainer), trainer.current_epoch, run.batch_idx)
             crafted = _Crafted(
@@ -293,6 +307,13 @@ class AdversarialTraining(Callback):
             )
         except StepSkipped:
             crafted = _Crafted(batch, x, x, None)
+        if run.look_closely and crafted.victim is not None and crafted.victim.gradients:
+            if not any(map(bool, crafted.victim.gradients)):
+                rank_zero_warn(
+                    "AdversarialTraining: the gradient of the loss in the input is zero or not finite for a whole "
+                    "batch, so no attack can find anything: is the loss saturated, or too small for this precision?"
+                )
+            crafted.victim.gradients = None
         run.look_closely = False
         return crafted
 
@@ -300,7 +321,10 @@ class AdversarialTraining(Callback):
         self, module: pl.LightningModule, call: Callable[[Any], Any], batch: Any, input_path: Path, sandbox: Sandbox
     ) -> Layout:
         """Where the labels are, and whose output the logits are; the latter only where something needs it."""
-        layout = Layout(input_path, find_labels(batch, input_path, self.labels))
+        candidates = label_candidates(batch, input_path, self.labels)
+        layout = Layout(input_path, candidates[0] if candidates else None, candidates=candidates)
+        x = get(batch, input_path)
+        rank_zero_info(f"AdversarialTraining: attacks the batch's input {place_text(input_path)}, {tuple(x.shape)}.")
         if self.logits is None and "logits" not in self.objective.needs | self.attack.needs:
             return layout
         named = None if self.logits is None else submodule(module, self.logits)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torchmetrics import MeanMetric
 
 from robust_train.callbacks import _seams
-from robust_train.callbacks._batch import find_input, find_labels, fresh, get
+from robust_train.callbacks._batch import find_input, fresh, get, label_candidates
 from robust_train.callbacks._callback import Callback, call_text, place_text, plain, submodule
 from robust_train.callbacks._sandbox import Sandbox
-from robust_train.callbacks._step import Layout, StepVictim, find_logits, loss_of
+from robust_train.callbacks._step import Layout, StepSkipped, StepVictim, find_logits, loss_of
 from robust_train.evasion.attacks.base import Attack
 from robust_train.evasion.evaluate import Verdicts, judge
 from robust_train.evasion.threat import Threat
@@ -42,7 +42,7 @@ class RobustEvaluation(Callback):
     Args:
         attacks: attacks by name, or one attack.
         threat: what the attacker may do; give the same as in training.
-        every_n_epochs: in ``fit``: in epochs 0, n, 2n, … and in the last one.
+        every_n_epochs: in ``fit``: in every n-th epoch, as ModelCheckpoint counts them, and in the last one.
         limit_batches: attack only the first batches of each loader; None: all.
         inputs: see ``AdversarialTraining``.
         labels: see ``AdversarialTraining``.
@@ -57,8 +57,9 @@ class RobustEvaluation(Callback):
         TypeError: an attack is none, or the input is not floating point.
 
     Note:
-        As ``monitor="val/robust_acc"`` of ModelCheckpoint or EarlyStopping: with ``every_n_epochs`` > 1 the last value
-        stands in the epochs between, so give ModelCheckpoint the same ``every_n_epochs``.
+        As ``monitor="val/robust_acc"``: with ``every_n_epochs`` > 1 give ModelCheckpoint the same ``every_n_epochs``.
+        For EarlyStopping, which wants a value after every validation, thin out validation itself instead:
+        ``Trainer(check_val_every_n_epoch=n)``.
 
     Guarantees:
         Training with this callback is bit-identical to training without it. ``robust_acc`` never exceeds ``clean_acc``
@@ -72,7 +73,7 @@ class RobustEvaluation(Callback):
 
     def __init__(
         self,
-        attacks: Mapping[str, Attack] | Attack,
+        attacks: Attack | Mapping[str, Attack],
         threat: Threat,
         every_n_epochs: int = 1,
         limit_batches: int | None = None,
@@ -95,6 +96,8 @@ class RobustEvaluation(Callback):
                 )
         if not isinstance(threat, Threat):
             raise TypeError(f"robust_evaluation.threat must be a robust_train Threat, got {threat!r}")
+        for attack in self.attacks.values():
+            attack.check(threat)
         for setting, value in (("every_n_epochs", every_n_epochs), ("limit_batches", limit_batches)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"robust_evaluation.{setting} must be a whole number >= 1, got {value!r}")
@@ -130,7 +133,7 @@ class RobustEvaluation(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         in_fit = trainer.state.fn == "fit"
         last = trainer.max_epochs is not None and trainer.current_epoch == trainer.max_epochs - 1
-        due = trainer.current_epoch % self.every_n_epochs == 0 or last
+        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0 or last
         self._begin(not in_fit or trainer.sanity_checking or due)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -178,47 +181,52 @@ class RobustEvaluation(Callback):
             input_path = find_input(batch, self.inputs)
             x = get(batch, input_path)
             self.threat.check_input(x, f"the {stage} batch's input {place_text(input_path)}")
-            labels_path = find_labels(batch, input_path, self.labels)
             sandbox = Sandbox(module, trainer, x.device)
 
             def victim(how: _HowToCall) -> StepVictim:
-                classes = how.logits_module is not None
-                layout = Layout(input_path, labels_path, how.logits_module, how.logits_call)
+                classes = how.layout.logits_module is not None
                 return StepVictim(
                     module,
                     lambda b: how.step(b, *_seams.step_arguments(how.step, batch_idx, loader_idx)),
                     batch,
-                    layout,
+                    how.layout,
                     sandbox,
                     own_loss=not classes,
-                    loss_scale=1.0 if classes else _seams.half_precision_loss_scale(trainer),
+                    gradient_scale=_seams.gradient_scale(trainer),
                     stop_when_fooled=classes and not _seams.sharded(trainer),
                 )
 
-            if self._model is None:
-                self._model = self._how_to_call(module, stage, victim)
             seed = (self.seed, _seams.data_rank(trainer), loader_idx, batch_idx)
-            verdicts = judge(victim(self._model), x, self.threat, self.attacks, *seed)
+            try:
+                if self._model is None:
+                    candidates = label_candidates(batch, input_path, self.labels)
+                    layout = Layout(input_path, candidates[0] if candidates else None, candidates=candidates)
+                    self._model = self._how_to_call(module, stage, layout, victim)
+                verdicts = judge(victim(self._model), x, self.threat, self.attacks, *seed)
+            except StepSkipped:
+                return
         self._record(verdicts, len(x))
 
     def _how_to_call(
-        self, module: pl.LightningModule, stage: str, victim: Callable[[_HowToCall], StepVictim]
+        self, module: pl.LightningModule, stage: str, layout: Layout, victim: Callable[[_HowToCall], StepVictim]
     ) -> _HowToCall:
-        """With the first batch: whether the task has classes, and whose output are the logits."""
+        """With the first batch: whether the task has classes, and whose output are the logits. Says what it found."""
         step = getattr(module, f"{stage}_step")
         named = None if self.logits is None else submodule(module, self.logits)
-        if found := find_logits(victim(_HowToCall(step)), module, named):
-            return _HowToCall(step, found.logits_module, found.logits_call)
+        if found := find_logits(victim(_HowToCall(step, layout)), module, named):
+            where = place_text(found.labels_path or ())
+            rank_zero_info(f"RobustEvaluation: logits of {type(found.logits_module).__name__}, labels {where}.")
+            return _HowToCall(step, found)
         needy = [name for name, attack in self.attacks.items() if "logits" in attack.needs]
-        if needy:
+        if needy or self.labels is not None:
             raise ValueError(
-                f"{', '.join(needy)} need logits and class labels, and none were found in {stage}_step: name the "
-                'submodule that returns the logits with logits="…" and the labels with labels="…", or use PGD, which '
-                "needs neither"
+                f"{', '.join(needy) or 'labels=' + repr(self.labels)}: class labels are needed with logits that fit "
+                f"them, and none were found in {stage}_step: name the submodule that returns the logits with "
+                'logits="…" and the labels with labels="…"; for a task without classes leave both out, and use PGD'
             )
-        # a task without classes: the loss of this step where it returns one, else that of the (unwrapped) training step
-        plain_victim = victim(_HowToCall(step))
-        returned = plain_victim.output(get(plain_victim.batch, plain_victim.layout.input_path))
+        # a task without classes: the loss of this step where it returns one, else that of the unwrapped training step
+        plain_victim = victim(_HowToCall(step, layout))
+        returned = plain_victim.output(get(plain_victim.batch, layout.input_path))
         if loss_of(returned) is None:
             if not module.automatic_optimization and not module.trainer.optimizers:
                 raise ValueError(
@@ -226,7 +234,8 @@ class RobustEvaluation(Callback):
                     f'fit: return the loss from {stage}_step, or name the submodule that returns logits with logits="…"'
                 )
             step = getattr(module.training_step, "__wrapped__", module.training_step)
-        return _HowToCall(step)
+        rank_zero_info(f"RobustEvaluation: found no classes, so the loss of {step.__name__} is attacked and logged.")
+        return _HowToCall(step, layout)
 
     def _record(self, verdicts: Verdicts, size: int) -> None:
         kind = "loss" if verdicts.is_loss else "acc"
@@ -248,8 +257,7 @@ class RobustEvaluation(Callback):
 
 @dataclass(frozen=True)
 class _HowToCall:
-    """Which step is evaluated, and whose output are its logits (None: a task without classes, or not known yet)."""
+    """Which step is evaluated, and where its input, labels and logits are."""
 
     step: Callable[..., Any]
-    logits_module: nn.Module | None = None
-    logits_call: int = 0
+    layout: Layout

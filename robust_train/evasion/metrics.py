@@ -12,8 +12,16 @@ Predictions = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
 def predicted(preds: Tensor) -> Tensor:
-    """Class indices ``(B,)`` from class indices ``(B,)`` or scores ``(B, classes)``."""
-    return preds.argmax(1) if preds.ndim > 1 else preds
+    """Class indices ``(B,)`` from class indices ``(B,)`` or scores ``(B, classes)``.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if preds.ndim == 1 and not preds.is_floating_point():
+        return preds
+    if preds.ndim == 2 and preds.shape[1] > 1:
+        return preds.argmax(1)
+    raise ValueError(f"predictions must be class indices (B,) or scores (B, classes), got {tuple(preds.shape)}")
 
 
 def survivors(preds: Predictions, target: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 NORMS = ("linf", "l2", "l1")
-L1_STEP_FRACTION = 0.01  # share of the coordinates that one L1 step moves (Tramer & Boneh 2019, section 4.1)
 
 
 def parse_number(name: str, value: Any) -> float:
@@ -38,6 +38,7 @@ def parse_number(name: str, value: Any) -> float:
 
 
 def _parse_many(name: str, value: Any) -> float | tuple[float, ...]:
+    value = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) == 0:
             raise ValueError(f"{name} must hold at least one number")
@@ -47,7 +48,7 @@ def _parse_many(name: str, value: Any) -> float | tuple[float, ...]:
 
 def _norm_over_examples(d: Tensor, p: float) -> Tensor:
     """Norm of each example, shaped ``(B, 1, ...)`` so that it broadcasts against ``d``."""
-    return torch.linalg.vector_norm(d.flatten(1), ord=p, dim=1).view(-1, *[1] * (d.ndim - 1))
+    return torch.linalg.vector_norm(d.reshape(len(d), -1), ord=p, dim=1).view(-1, *[1] * (d.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -240,21 +241,21 @@ class Threat:
             unit = sign * size / (_norm_over_examples(size, 1) + rest)
         return self.project(x + unit.to(x.device) * (self.radius / self._std(x)), x)
 
-    def ascend(self, grad: Tensor, step_size: float, x_adv: Tensor | None = None, x: Tensor | None = None) -> Tensor:
-        """Steepest-ascent step of length ``step_size`` (pixels, in this norm) for a gradient in model space.
+    def ascend(self, grad: Tensor, step_size: float) -> Tensor:
+        """A step of length ``step_size`` (pixels) that increases the loss, for a gradient in model space.
 
         Args:
             grad: gradient of the loss to be increased ``(B, ...)``.
-            step_size: length of the step in pixels.
-            x_adv: where the step starts. With ``x`` given too, an L1 step skips coordinates that the box blocks.
-            x: clean inputs.
+            step_size: length of the step in pixels: its largest entry for Linf, its Euclidean norm for L2 and L1.
 
         Returns:
-            What to add to the model's input, ``(B, ...)``.
+            What to add to the model's input, ``(B, ...)``: steepest ascent for Linf and L2. For L1 a Euclidean step
+            too: the exact projection that follows makes it sparse, and unlike steps along the largest entries it does
+                not
+            stall where the box blocks them.
 
         Reference:
-            Linf, L2: Madry et al. 2018. L1: Tramer & Boneh, "Adversarial Training and Robustness for Multiple
-            Perturbations", 2019, section 4.1 (sparse steps on the largest gradient entries).
+            Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, section 2.1.
         """
         std = self._std(grad)
         if self.norm == "linf":
@@ -262,17 +263,8 @@ class Threat:
         grad = grad / std  # in pixels
         if self.mutable is not None:
             grad = grad * self._vector(tuple(float(m) for m in self.mutable), grad)
-        if self.norm == "l2":
-            size = _norm_over_examples(grad, 2).clamp_min(torch.finfo(grad.dtype).tiny)
-            return grad / size * step_size / std
-        if x_adv is not None and x is not None:
-            low, high = self.box(x)
-            grad = grad.masked_fill(torch.where(grad > 0, x_adv >= high, x_adv <= low), 0.0)
-        flat = grad.flatten(1)
-        count = max(1, round(L1_STEP_FRACTION * flat.shape[1]))
-        top = flat.abs().topk(count, dim=1).indices
-        step = torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign() / count)
-        return step.view_as(grad) * step_size / std
+        size = _norm_over_examples(grad, 2).clamp_min(torch.finfo(grad.dtype).tiny)
+        return grad / size * step_size / std
 
     # --- measuring and checking -----------------------------------------------------------------------------------
 
@@ -280,7 +272,7 @@ class Threat:
         """Norm of each example's perturbation in pixels, float64, shape ``(B,)``."""
         delta = (x_adv.double() - x.double()) * self._std(x.double())
         order = {"linf": math.inf, "l2": 2.0, "l1": 1.0}[self.norm]
-        return torch.linalg.vector_norm(delta.flatten(1), ord=order, dim=1)
+        return torch.linalg.vector_norm(delta.reshape(len(x), -1), ord=order, dim=1)
 
     def check_input(self, x: Tensor, where: str = "the input") -> None:
         """Refuse data that this threat does not describe: silently wrong units would destroy training.
@@ -322,10 +314,10 @@ def _project_l1(delta: Tensor, room: Tensor, eps: float, iterations: int = 40) -
         return torch.minimum((size - multiplier).clamp_min(0.0), limit)
 
     def total(parts: Tensor) -> Tensor:
-        return parts.flatten(1).sum(1).view(-1, *[1] * (delta.ndim - 1))
+        return parts.reshape(len(parts), -1).sum(1).view(-1, *[1] * (delta.ndim - 1))
 
     below = torch.zeros_like(total(size))
-    above = size.flatten(1).amax(1).view_as(below)
+    above = size.reshape(len(size), -1).amax(1).view_as(below)
     outside = total(shrunk(below)) > eps
     for _ in range(iterations):
         middle = (below + above) / 2

@@ -17,11 +17,15 @@ class Victim(ABC):
     Attributes:
         labels: labels of the batch, or None where the task has none.
         stop_when_fooled: the attack is for a verdict only, so examples that are fooled may leave it at once.
+        gradient_scale: factor on the loss while it is differentiated, against gradients that underflow in fp16.
+        gradients: where a list stands, each gradient adds whether it has an entry that is not zero.
         provides: which of ``"loss"``, ``"per_example_loss"``, ``"logits"`` and ``"labels"`` can be had.
     """
 
     labels: Tensor | None = None
     stop_when_fooled: bool = False
+    gradient_scale: float = 1.0
+    gradients: list[Tensor] | None = None
     provides: frozenset[str] = frozenset({"loss"})
 
     @abstractmethod
@@ -169,8 +173,10 @@ def is_binary(logits: Tensor, labels: Tensor) -> bool:
 
 
 def is_classification(logits: Tensor, labels: Tensor | None) -> bool:
-    """Whether labels and scores fit: class indices, class probabilities, or binary labels."""
-    if labels is None or not logits.is_floating_point() or logits.ndim == 0 or logits.shape[0] != labels.shape[0]:
+    """Whether labels and scores fit: class indices (some may be ignored), class probabilities, or binary labels."""
+    if labels is None or not logits.is_floating_point() or 0 in (logits.ndim, labels.ndim):
+        return False
+    if logits.shape[0] != labels.shape[0]:
         return False
     if is_binary(logits, labels):
         return True
@@ -179,28 +185,55 @@ def is_classification(logits: Tensor, labels: Tensor | None) -> bool:
     if labels.is_floating_point():
         rows = labels.sum(1) if labels.shape == logits.shape else labels.new_zeros(1)
         return bool((labels >= 0).all()) and bool((rows - 1).abs().max() < 1e-3)
-    return labels.shape == (logits.shape[0], *logits.shape[2:])
+    if labels.shape != (logits.shape[0], *logits.shape[2:]):
+        return False
+    known = _known(labels, logits.shape[1])
+    ignored = torch.isin(labels, labels.new_tensor(IGNORED))
+    return bool((known | ignored).all()) and bool(known.any())
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each example ``(B,)``; dense predictions are averaged over their positions."""
+    """Cross-entropy of each example ``(B,)``; dense predictions are averaged over the positions that have a label.
+
+    Raises:
+        ValueError: one score an example, and labels that are not 0 or 1.
+    """
     if is_binary(logits, labels):
         return F.binary_cross_entropy_with_logits(logits.flatten(), labels.flatten().to(logits.dtype), reduction="none")
-    labels = labels.to(logits.dtype) if labels.is_floating_point() else labels.long()
-    return (
-        F.cross_entropy(logits, labels, reduction="none").flatten(1).mean(1)
-        if logits.ndim > 2
-        else F.cross_entropy(logits, labels, reduction="none")
-    )
+    if logits.numel() == logits.shape[0]:
+        raise ValueError("the model has one score an example, but the labels are not all 0 or 1: is it a regression?")
+    if labels.is_floating_point():
+        each, known = F.cross_entropy(logits, labels.to(logits.dtype), reduction="none"), None
+    else:
+        known = _known(labels, logits.shape[1])
+        each = F.cross_entropy(logits, labels.long().masked_fill(~known, -100), reduction="none")
+    return _mean_over_positions(each, known)
 
 
 def correctness(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of each example's predictions that is right, float32 ``(B,)``; 0 or 1 for plain classification."""
     if is_binary(logits, labels):
         return ((logits.flatten() > 0) == (labels.flatten() > 0.5)).float()
-    truth = labels.argmax(1) if labels.is_floating_point() else labels
-    right = (logits.argmax(1) == truth).float()
-    return right.flatten(1).mean(1) if right.ndim > 1 else right
+    if labels.is_floating_point():
+        return _mean_over_positions((logits.argmax(1) == labels.argmax(1)).float(), None)
+    known = _known(labels, logits.shape[1])
+    return _mean_over_positions(((logits.argmax(1) == labels) | ~known).float() * known, known, empty=1.0)
+
+
+IGNORED = (-100, 255)  # usual marks of positions without a label
+
+
+def _known(labels: Tensor, classes: int) -> Tensor:
+    return (labels >= 0) & (labels < classes)
+
+
+def _mean_over_positions(each: Tensor, known: Tensor | None, empty: float = 0.0) -> Tensor:
+    """``(B, ...)`` to ``(B,)``, over the positions that have a label; ``empty`` where an example has none."""
+    if known is None:
+        return each.flatten(1).mean(1) if each.ndim > 1 else each
+    each, known = each.reshape(len(each), -1), known.reshape(len(known), -1)
+    count = known.sum(1)
+    return torch.where(count > 0, each.sum(1) / count.clamp_min(1), torch.full_like(each[:, 0], empty))
 
 
 def input_gradient(victim: Victim, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -227,10 +260,19 @@ def input_gradient(victim: Victim, x: Tensor) -> tuple[Tensor, Tensor, Tensor | 
             loss = victim.loss(x)
         if not loss.requires_grad:
             raise ValueError(_NO_PATH)
-        (grad,) = torch.autograd.grad(loss.sum(), x, allow_unused=True)
+        total = loss.sum() if victim.gradient_scale == 1.0 else _scaled(loss.sum(), victim.gradient_scale)
+        (grad,) = torch.autograd.grad(total, x, allow_unused=True)
     if grad is None:
         raise ValueError(_NO_PATH)
-    return torch.nan_to_num(grad), loss.detach(), score
+    grad = torch.nan_to_num(grad)
+    if victim.gradients is not None:
+        victim.gradients.append(grad.any())
+    return grad, loss.detach(), score
+
+
+def _scaled(loss: Tensor, scale: float) -> Tensor:
+    """``scale * loss`` in float32; a loss that is itself fp16 bears a smaller factor before its gradient overflows."""
+    return loss.float() * (min(scale, 2.0**10) if loss.dtype == torch.float16 else scale)
 
 
 _NO_PATH = (

@@ -51,6 +51,14 @@ class Attack(ABC):
         """Whether the first gradient is taken at ``x`` itself, where some losses have none."""
         return False
 
+    def check(self, threat: Threat) -> None:
+        """Refuse a threat that this attack cannot work within.
+
+        Raises:
+            ValueError: the message says why.
+        """
+        return
+
     def __call__(self, victim: Victim, x: Tensor, threat: Threat, generator: torch.Generator | None = None) -> Tensor:
         """Perturb a batch.
 
@@ -68,6 +76,7 @@ class Attack(ABC):
         """
         if missing := sorted(self.needs - victim.provides):
             raise ValueError(f"{type(self).__name__} needs {' and '.join(missing)}, which this model does not provide")
+        self.check(threat)
         generator = torch.Generator(x.device).manual_seed(0) if generator is None else generator
         x = x.detach()
         with preserved_rng(x.device), victim.undisturbed():

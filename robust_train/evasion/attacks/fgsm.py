@@ -40,7 +40,7 @@ def fgsm(
     ball = threat if project else threat.scaled(step + noise)
     start = threat.scaled(noise).random_start(clean, generator) if noise > 0 else clean
     grad, _, _ = input_gradient(victim, start.to(x.dtype))
-    return ball.project(start + threat.ascend(grad.to(clean.dtype), step * threat.radius, start, clean), clean)
+    return ball.project(start + threat.ascend(grad.to(clean.dtype), step * threat.radius), clean)
 
 
 @dataclass(frozen=True)

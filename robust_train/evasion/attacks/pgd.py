@@ -72,13 +72,19 @@ def pgd(
                 if len(alive) == 0:
                     return best
                 limits = threat.limits(origin)
-            step = threat.ascend(sign * grad.to(clean.dtype), step_size, here, origin)
+            step = threat.ascend(sign * grad.to(clean.dtype), step_size)
             here = threat.project(here + step, origin, limits)
         if restarts == 1:
             best[alive] = here
             return best
+        part = goal if len(alive) == len(x) else goal.take(alive)
+        if judged and targets is None and bool((fooled := part.score(here.to(x.dtype)) == 0).any()):
+            best[alive[fooled]] = here[fooled]
+            alive, here = alive[~fooled], here[~fooled]
+            if len(alive) == 0:
+                return best
+            part = goal.take(alive)
         with torch.no_grad():
-            part = goal if len(alive) == len(x) else goal.take(alive)
             loss = sign * part.loss(here.to(x.dtype)).detach()
             if best_loss is None:
                 best_loss = torch.full((len(x),) if loss.ndim else (), -torch.inf, dtype=loss.dtype, device=x.device)

@@ -17,14 +17,24 @@ from robust_train.evasion.attacks.base import Attack
 from robust_train.evasion.threat import Threat
 from robust_train.evasion.victim import Victim
 
-OWN_NORM = {  # classes that take no `norm` and are not Linf attacks
-    **dict.fromkeys(("CW", "PGDL2", "PGDRSL2", "DeepFool", "EADEN"), "l2"),
-    "EADL1": "l1",
-    **dict.fromkeys(("SparseFool", "OnePixel", "Pixle", "JSMA"), "l0"),
-    **dict.fromkeys(("VANILA", "GN"), None),
-}
+L2_ONLY = ("PGDL2", "PGDRSL2")  # of the classes that take a radius and no norm; the others of those are Linf attacks
+RADIUS = ("eps", "max_epsilon")  # what the classes call it
 THREE_CHANNELS = ("PIFGSM", "PIFGSMPP", "TIFGSM")  # kernels with groups=3
 WRAPPERS = {"LGV": "needs a training loader of its own", "MultiAttack": "takes attacks; use WorstCase"}
+
+
+def _range(threat: Threat) -> tuple[float, float]:
+    """Smallest and largest input, the same for all features.
+
+    Raises:
+        ValueError: they differ between features, or are not finite.
+    """
+    low, high = threat.low, threat.high
+    if isinstance(low, tuple) or isinstance(high, tuple) or threat.mutable is not None:
+        raise ValueError("torchattacks knows one range for all features and no mutable mask: use PGD for this threat")
+    if not math.isfinite(high - low):
+        raise ValueError("torchattacks needs bounded inputs: give finite threat.low and threat.high")
+    return low, high
 
 
 class _UnitModel(nn.Module):
@@ -37,7 +47,7 @@ class _UnitModel(nn.Module):
         self._victim, self._threat = victim, threat
 
     def forward(self, unit: Tensor) -> Tensor:
-        low, high = float(self._threat.low), float(self._threat.high)  # type: ignore[arg-type]
+        low, high = _range(self._threat)
         pixels = unit.reshape(-1, *self._shape) * (high - low) + low
         logits = self._victim.logits(self._threat.from_pixels(pixels).to(self._dtype)).float()
         if logits.numel() == logits.shape[0]:  # one score: class 1 against class 0
@@ -57,7 +67,8 @@ class TorchAttack(Attack):
 
     Args:
         name: the class's name in torchattacks, for example ``"APGD"``.
-        settings: its other constructor arguments, for example ``{"steps": 50}``.
+        settings: its other constructor arguments, for example ``{"steps": 50}``; lengths such as ``alpha`` in units of
+            the range ``high - low``, because torchattacks works on [0, 1].
 
     Raises:
         ImportError: torchattacks is not installed; the message says how to install it.
@@ -70,7 +81,7 @@ class TorchAttack(Attack):
     family: ClassVar[str] = "external"
 
     name: str = "APGD"
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", dict(self.settings))
@@ -79,9 +90,11 @@ class TorchAttack(Attack):
             if key not in accepted or key in ("self", "model"):
                 known = ", ".join(k for k in accepted if k not in ("self", "model"))
                 raise ValueError(f"torchattacks.{self.name} has no argument {key!r}; it has: {known}")
-        for key in ("eps", "norm"):
+        for key in (*RADIUS, "norm"):
             if key in self.settings:
-                raise ValueError(f"{key} belongs to the threat (threat.{key}=…), not to torchattacks.{self.name}")
+                raise ValueError(
+                    f"{key} belongs to the threat (threat.eps, threat.norm), not to torchattacks.{self.name}"
+                )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -93,17 +106,30 @@ class TorchAttack(Attack):
         steps = self.settings.get("steps", arguments["steps"].default if "steps" in arguments else 1)
         return float(steps) * float(self.settings.get("n_restarts", 1))
 
+    def check(self, threat: Threat) -> None:
+        _range(threat)
+        accepted = inspect.signature(self._attack_class().__init__).parameters
+        if "norm" in accepted and threat.norm == "l1":
+            raise ValueError(f"torchattacks.{self.name} has no L1 version, and threat.norm is l1: use EADL1, or PGD")
+        own = "l2" if self.name in L2_ONLY else "linf"
+        if "norm" not in accepted and any(key in accepted for key in RADIUS) and threat.norm != own:
+            raise ValueError(f"torchattacks.{self.name} is an attack of norm {own}, but threat.norm is {threat.norm}")
+
     def perturb(self, victim: Victim, x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
         seed = int(torch.randint(2**31, (1,), generator=generator, device=generator.device))
         torch.manual_seed(seed)  # torchattacks draws from the global generators; the caller puts them back
-        arguments = self._arguments(x, threat, seed)
         if threat.radius == 0:
             return x
-        low, high = float(threat.low), float(threat.high)  # type: ignore[arg-type]
+        with torch.no_grad():
+            logits = victim.logits(x)
+        binary = logits.numel() == len(x)
+        arguments = self._arguments(x, threat, seed, classes=2 if binary else logits.shape[1])
+        low, high = _range(threat)
         unit = ((threat.to_pixels(x.float()) - low) / (high - low)).clamp(0.0, 1.0)
         images = unit if x.ndim == 4 else unit.reshape(len(x), -1, 1, 1)
         labels = victim._known_labels()
-        labels = labels.argmax(1) if labels.is_floating_point() and labels.ndim > 1 else labels.long()
+        soft = labels.is_floating_point() and not binary
+        labels = labels.argmax(1) if soft else (labels.flatten() if binary else labels).long()
         with torch.enable_grad():
             attack = self._attack_class()(_UnitModel(victim, x, threat), **arguments)
             found = attack(images.clone(), labels.clone()).detach().view_as(unit)
@@ -126,30 +152,23 @@ class TorchAttack(Attack):
             raise ValueError(f"torchattacks has no attack {self.name!r}{hint}")
         return getattr(library, self.name)
 
-    def _arguments(self, x: Tensor, threat: Threat, seed: int) -> dict[str, Any]:
-        """Constructor arguments in the units of [0, 1]; refuses what the class cannot do."""
-        if not isinstance(threat.low, float) or not isinstance(threat.high, float) or threat.mutable is not None:
-            raise ValueError(
-                "torchattacks knows one range for all features and no mutable mask: use PGD for this threat"
-            )
-        if not math.isfinite(threat.high - threat.low):
-            raise ValueError("torchattacks works on bounded inputs: give finite threat.low and threat.high")
+    def _arguments(self, x: Tensor, threat: Threat, seed: int, classes: int) -> dict[str, Any]:
+        """Constructor arguments, in the units of [0, 1]."""
         if self.name in THREE_CHANNELS and (x.ndim != 4 or x.shape[1] != 3):
             raise ValueError(f"torchattacks.{self.name} works on 3-channel images only, got {tuple(x.shape)}")
         accepted = inspect.signature(self._attack_class().__init__).parameters
         arguments: dict[str, Any] = {}
         if "norm" in accepted:
-            norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[threat.norm]
-            if norm == "L1":
-                raise ValueError(f"torchattacks.{self.name} has no L1 version: use EADL1, or PGD")
-            arguments["norm"] = norm
-        elif (own := OWN_NORM.get(self.name, "linf")) not in (None, threat.norm):
-            raise ValueError(f"torchattacks.{self.name} is an attack of norm {own}, but threat.norm is {threat.norm}")
-        if "eps" in accepted:
-            arguments["eps"] = threat.radius / (threat.high - threat.low)
-            if "alpha" in accepted:
-                steps = self.settings.get("steps", accepted["steps"].default if "steps" in accepted else 2)
-                arguments["alpha"] = 2.5 * arguments["eps"] / steps
+            arguments["norm"] = {"linf": "Linf", "l2": "L2"}[threat.norm]
+        low, high = _range(threat)
+        for key in RADIUS:
+            if key in accepted:
+                arguments[key] = threat.radius / (high - low)
+        if "eps" in accepted and "alpha" in accepted:
+            steps = self.settings.get("steps", accepted["steps"].default if "steps" in accepted else 2)
+            arguments["alpha"] = 2.5 * arguments["eps"] / steps
+        if "n_classes" in accepted:
+            arguments["n_classes"] = classes
         if "seed" in accepted:
             arguments["seed"] = seed
         return {**arguments, **self.settings}

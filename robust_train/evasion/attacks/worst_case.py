@@ -95,5 +95,9 @@ class WorstCase(Attack):
     def starts_at_clean_input(self) -> bool:
         return all(attack.starts_at_clean_input for attack in self.members)
 
+    def check(self, threat: Threat) -> None:
+        for attack in self.members:
+            attack.check(threat)
+
     def perturb(self, victim: Victim, x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
         return worst_case(victim, x, threat, attacks=self.members, generator=generator)

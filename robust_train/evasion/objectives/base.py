@@ -18,7 +18,8 @@ class Objective(ABC):
 
     Attributes:
         needs: what the victim must provide.
-        needs_random_start: the attacked loss has no gradient at ``x`` itself.
+        replaces_loss: ``attacked`` has a loss of the objective's own, without gradient at ``x`` itself; attacks that
+            read logits and labels instead of the loss would miss it.
         trains_on: ``"adversarial"`` or ``"clean"``: which inputs the user's own step is given.
         own_weight: factor on the user's own loss.
         uses_logits: ``part`` reads the logits of the user's own forward pass.
@@ -26,7 +27,7 @@ class Objective(ABC):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    needs_random_start: ClassVar[bool] = False
+    replaces_loss: ClassVar[bool] = False
     trains_on: ClassVar[str] = "adversarial"
     uses_logits: ClassVar[bool] = False
 

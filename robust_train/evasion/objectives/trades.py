@@ -36,13 +36,11 @@ class _DivergenceVictim(Victim):
 
     def __init__(self, victim: Victim, clean_logits: Tensor) -> None:
         self._victim, self._clean = victim, clean_logits
-        self.labels, self.provides = victim.labels, victim.provides | {"per_example_loss"}
+        self.provides = frozenset({"loss", "per_example_loss"})
+        self.gradient_scale, self.gradients = victim.gradient_scale, victim.gradients
 
     def loss(self, x: Tensor) -> Tensor:
         return prediction_divergence(self._clean, self._victim.logits(x))
-
-    def logits(self, x: Tensor) -> Tensor:
-        return self._victim.logits(x)
 
     def undisturbed(self):  # noqa: ANN201
         return self._victim.undisturbed()
@@ -67,7 +65,7 @@ class TRADES(Objective):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
-    needs_random_start: ClassVar[bool] = True
+    replaces_loss: ClassVar[bool] = True
     trains_on: ClassVar[str] = "clean"
     uses_logits: ClassVar[bool] = True
 

@@ -1,0 +1,38 @@
+"""Both callbacks can be named on the command line of LightningCLI, of both Lightning packages."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+pytest.importorskip("jsonargparse")
+
+
+@pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
+def test_callbacks_from_lightning_cli(package, monkeypatch, tmp_path):
+    cli = pytest.importorskip(f"{package}.cli")
+    demos = pytest.importorskip(f"{package}.demos.boring_classes")
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "--trainer.callbacks+=robust_train.AdversarialTraining",
+        "--trainer.callbacks.attack=robust_train.PGD",
+        "--trainer.callbacks.attack.steps=3",
+        "--trainer.callbacks.threat=robust_train.Threat",
+        "--trainer.callbacks.threat.eps=8/255",
+        "--trainer.callbacks+=robust_train.RobustEvaluation",
+        "--trainer.callbacks.attacks=robust_train.PGD",
+        "--trainer.callbacks.threat=robust_train.Threat",
+        "--trainer.callbacks.threat.eps=0.1",
+        "--seed_everything=0",
+        "--trainer.logger=false",
+        "--trainer.accelerator=cpu",
+    ]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    made = cli.LightningCLI(demos.BoringModel, demos.BoringDataModule, run=False, save_config_callback=None)
+    ours = [c for c in made.trainer.callbacks if type(c).__module__.startswith("robust_train")]
+    training, evaluation = ours
+    assert training.attack.steps == 3
+    assert training.threat.eps == 8 / 255
+    assert evaluation.threat.eps == 0.1
+    assert next(iter(evaluation.attacks.values())).steps == 10
