@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import random
 import types
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from pytorch_lightning.core.hooks import DataHooks
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.data import DataLoader, Dataset
@@ -45,6 +46,9 @@ class Replay(Iterator):
         self._at += 1
         return self.drawn[self._at - 1]
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
     @property
     def finished(self) -> bool:
         """Whether everything remembered was drawn again, so that the source itself can go on."""
@@ -57,7 +61,7 @@ def is_exchanged(value: Any) -> bool:
         return False
     if isinstance(value, tuple):
         return any(map(is_exchanged, value))
-    return isinstance(value, (Tensor, np.ndarray, Iterator))
+    return isinstance(value, (Tensor, np.ndarray, Iterator)) and not isinstance(value, io.IOBase)
 
 
 def values_in(content: Any) -> Iterable[Any]:
@@ -69,18 +73,20 @@ def finished(value: Any) -> Any:
     return value.source if isinstance(value, Replay) and value.finished else value
 
 
-class Holder:
+class Holder(ABC):
     """Something whose content is exchanged while its identity stays."""
 
+    @abstractmethod
     def content(self) -> Any:
-        raise NotImplementedError  # pragma: no cover
+        """What it holds now."""
 
+    @abstractmethod
     def fill(self, content: Any, exchange: Callable[[Any], Any]) -> None:
         """Put ``exchange(value)`` in each value's place."""
-        raise NotImplementedError  # pragma: no cover
 
+    @abstractmethod
     def put_back(self, content: Any) -> None:
-        raise NotImplementedError  # pragma: no cover
+        """Hold exactly ``content`` again."""
 
 
 class Attributes(Holder):
@@ -183,7 +189,9 @@ def _as_tuple(names: Any) -> tuple[str, ...]:
 def is_plain_object(value: Any) -> bool:
     """An object of the user's own classes, such as a running-average meter."""
     kinds = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
-    if isinstance(value, (*kinds, torch.optim.Optimizer, Dataset, DataLoader, DataHooks, Iterator)):
+    if isinstance(value, (*kinds, torch.optim.Optimizer, Dataset, DataLoader, Iterator)):
+        return False
+    if any(cls.__name__ == "LightningDataModule" for cls in type(value).__mro__):  # of either Lightning package
         return False
     return type(value).__module__.partition(".")[0] not in SKIPPED_PACKAGES
 

@@ -250,3 +250,40 @@ def test_true_half_precision_is_attacked_too():
     runner = trainer(AdversarialTraining(PGD(steps=1, random_start=False), Threat(eps=0.1)), precision="16-true")
     runner.fit(Watching(lambda b: b), DataLoader(Rows(lambda i: (X[i], Y[i])), 12))
     assert float((moved[-1] - X.half().float()).abs().max()) > 0.09
+
+
+def test_open_files_and_iterators_with_methods_stay_usable(tmp_path):
+    class Loader:
+        """An iterator that has a method."""
+
+        def __init__(self):
+            self.at = 0
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            self.at += 1
+            return self.at
+
+        def name(self):
+            return "mine"
+
+    class Holding(Module):
+        def on_fit_start(self):
+            self.source, self.file = Loader(), (tmp_path / "seen.txt").open("w")
+            self.drawn = []
+
+        def loss(self, batch):
+            self.drawn.append((next(self.source), self.source.name()))
+            self.file.write("x")
+            return super().loss(batch)
+
+        def on_fit_end(self):
+            self.file.close()
+
+    module = Holding(lambda b: b)
+    data = DataLoader(Rows(lambda i: (X[i], Y[i])), 4)
+    trainer(AdversarialTraining(PGD(steps=2), Threat(eps=0.1))).fit(module, data)
+    assert module.drawn == [(1, "mine"), (2, "mine"), (3, "mine")]
+    assert type(module.source) is Loader

@@ -7,6 +7,8 @@ import sys
 import pytest
 
 pytest.importorskip("jsonargparse")
+# Lightning calls what jsonargparse has deprecated
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.mark.parametrize("package", ["pytorch_lightning", "lightning.pytorch"])
