@@ -20,7 +20,7 @@ def fgsm(
     step: float = 1.0,
     noise: float = 0.0,
     project: bool = True,
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """One gradient step: ``x + noise + step * eps * ascent(grad)``.
 
@@ -31,11 +31,12 @@ def fgsm(
         step: length of the step as a multiple of ``eps``, > 0.
         noise: radius of the random start as a multiple of ``eps``, >= 0.
         project: whether the result is put back into the ball; the box always holds.
-        generator: source of the random start.
+        generator: source of the random start; None: a fresh one with seed 0.
 
     Returns:
         Tensor of ``x``'s shape, in working precision.
     """
+    generator = torch.Generator(x.device).manual_seed(0) if generator is None else generator
     clean = working_precision(x)
     ball = threat if project else threat.scaled(step + noise)
     start = threat.scaled(noise).random_start(clean, generator) if noise > 0 else clean

@@ -19,13 +19,13 @@ def pgd(
     x: Tensor,
     threat: Threat,
     *,
-    steps: int,
-    step_size: float,
+    steps: int = 10,
+    step_size: float | None = None,
     restarts: int = 1,
     random_start: bool = True,
     targets: Tensor | None = None,
     start: Tensor | None = None,
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Repeated steepest-ascent steps on the victim's loss, each projected onto ball and box.
 
@@ -34,13 +34,13 @@ def pgd(
         x: clean inputs ``(B, ...)``.
         threat: ball and box.
         steps: gradient steps a restart, >= 1.
-        step_size: length of a step, in pixels and in the threat's norm.
+        step_size: length of a step in pixels (see ``Threat.ascend``); None: ``2.5 * eps / steps``.
         restarts: independent runs; of each example the one with the highest loss is kept (of the whole batch where the
             victim knows only its mean loss).
         random_start: begin at a uniform point of the ball instead of at ``x``.
         targets: class labels to be approached; None moves away from the true ones.
         start: where to begin instead, ``(B, ...)``.
-        generator: source of the random starts.
+        generator: source of the random starts; None: a fresh one with seed 0.
 
     Returns:
         Tensor of ``x``'s shape, in working precision. Where ``victim.stop_when_fooled``, examples leave the attack as
@@ -49,6 +49,8 @@ def pgd(
     Reference:
         Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, section 2.1.
     """
+    generator = torch.Generator(x.device).manual_seed(0) if generator is None else generator
+    step_size = 2.5 * threat.radius / steps if step_size is None else step_size
     clean = working_precision(x)
     best, best_loss = clean.clone(), None
     alive = torch.arange(len(x), device=x.device)  # examples that are not fooled yet
@@ -146,13 +148,12 @@ class PGD(Attack):
         return not self.random_start
 
     def perturb(self, victim: Victim, x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor:
-        size = 2.5 * threat.radius / self.steps if self.step_size is None else float(self.step_size)
         return pgd(
             victim,
             x,
             threat,
             steps=self.steps,
-            step_size=size,
+            step_size=None if self.step_size is None else float(self.step_size),
             restarts=self.restarts,
             random_start=self.random_start,
             targets=None if self.targeted is None else _targets(self.targeted, victim, x, generator),
