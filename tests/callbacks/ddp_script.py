@@ -61,6 +61,7 @@ def callbacks(what: str, eps: float) -> list[pl.Callback]:
         "plain": [],
         "pgd_at": [AdversarialTraining(attack, threat)],
         "batch_mode": [AdversarialTraining(attack, threat, mode="batch")],
+        "train_mode": [AdversarialTraining(attack, threat, mode="train")],
         "trades": [AdversarialTraining(attack, threat, TRADES())],
         "evaluation": [evaluation],
         "both": [AdversarialTraining(attack, threat), evaluation],

@@ -18,6 +18,7 @@ SETTINGS = {
     "plain": {},
     "accumulate": {"accumulate_grad_batches": 2},
     "bf16": {"precision": "bf16-mixed"},
+    "clip": {"gradient_clip_val": 0.1},
     "static_graph": {"strategy": {"static_graph": True}},
     "bucket_view": {"strategy": {"gradient_as_bucket_view": True, "find_unused_parameters": True}},
 }
@@ -52,10 +53,10 @@ def test_ranks_keep_equal_weights_and_draw_different_starts(what, tmp_path):
 def test_an_attack_of_radius_zero_changes_nothing(settings, tmp_path):
     module = "unused" if settings == "bucket_view" else "nasty"
     plain = launch(tmp_path, "plain", module, 0, **SETTINGS[settings])
-    ours = launch(tmp_path, "pgd_at", module, 0, **SETTINGS[settings])
-    for a, b in zip(plain, ours, strict=True):
-        assert_same(weights(a), weights(b))
-        assert a["metrics"] == {k: v for k, v in b["metrics"].items() if k != "train/adv_loss"}
+    for mode in ("pgd_at", "batch_mode", "train_mode"):  # eval mode, batch, train
+        for a, b in zip(plain, launch(tmp_path, mode, module, 0, **SETTINGS[settings]), strict=True):
+            assert_same(weights(a), weights(b))
+            assert a["metrics"] == {k: v for k, v in b["metrics"].items() if k != "train/adv_loss"}
 
 
 def test_evaluation_agrees_on_all_ranks_and_leaves_training_alone(tmp_path):
