@@ -94,7 +94,7 @@ class Sandbox:
         for p, _ in grads:  # out of the step's reach: it may clear them
             p.grad = None
         with ExitStack() as stack:
-            stack.callback(set_global_rng, rng, self._device)
+            stack.callback(set_global_rng, rng, self._device)  # in case a later call is the first to draw from numpy
             stack.callback(_give_back, grads)
             if frozen_parameters:
                 stack.enter_context(frozen(self._parameters))
@@ -115,14 +115,19 @@ class Sandbox:
                 self._values, self._contents, self._exchanged = [], [], []
 
     def call(self, step: Callable[[], Any]) -> Any:
-        """One extra call; the module and its generators are as before afterwards, the global ones after the series."""
+        """One extra call; afterwards the module and all generators are as before it.
+
+        The global generators too, call by call: the attack may draw from them between the calls.
+        """
         generators = [(g, generator_state(g)) for g, _ in self._generators.values()]
         copies: dict[int, Any] = {}
         first = self._numpy_used is None
+        numpy = first or bool(self._numpy_used)
+        rng = get_global_rng(self._device, numpy)
         try:
             for holder, content in self._exchanged:
                 holder.fill(content, lambda value: self._copy(value, copies))
-            set_global_rng(self._rng, self._device, numpy=first or bool(self._numpy_used))
+            set_global_rng(self._rng, self._device, numpy)
             for generator, state in self._generators.values():
                 set_generator_state(generator, state)
             return step()
@@ -139,6 +144,7 @@ class Sandbox:
                 torch._foreach_copy_(stored, kept)  # pyright: ignore[reportPrivateImportUsage]
             if first:  # a step that draws from numpy does so in every call
                 self._numpy_used = numpy_moved(self._rng)
+            set_global_rng(rng, self._device)
 
     @contextmanager
     def replaying(self) -> Iterator[None]:

@@ -11,21 +11,23 @@ import numpy as np
 import torch
 
 
-def get_global_rng(device: torch.device) -> dict[str, Any]:
-    """State of the global generators of Python, numpy and torch (CPU and ``device``)."""
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+def get_global_rng(device: torch.device, numpy: bool = True) -> dict[str, Any]:
+    """State of the global generators of Python, numpy (by far the slowest) and torch (CPU and ``device``)."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if numpy:
+        state["numpy"] = np.random.get_state()
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
 def set_global_rng(state: dict[str, Any], device: torch.device, numpy: bool = True) -> None:
-    """Put back what ``get_global_rng`` returned; numpy's, by far the slowest, may be left out."""
+    """Put back what ``get_global_rng`` returned; numpy's may be left out."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     if "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-    if numpy:
+    if numpy and "numpy" in state:
         np.random.set_state(state["numpy"])
 
 

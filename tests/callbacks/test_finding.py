@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -287,3 +290,27 @@ def test_open_files_and_iterators_with_methods_stay_usable(tmp_path):
     trainer(AdversarialTraining(PGD(steps=2), Threat(eps=0.1))).fit(module, data)
     assert module.drawn == [(1, "mine"), (2, "mine"), (3, "mine")]
     assert type(module.source) is Loader
+
+
+def test_an_attack_may_draw_from_the_global_generators_between_the_extra_calls():
+    drawn = []
+
+    class Drawing(PGD):
+        def perturb(self, victim, x, threat, generator):
+            for _ in range(4):
+                victim.loss(x)
+                drawn.append((float(torch.rand(())), float(np.random.rand()), random.random()))
+            return super().perturb(victim, x, threat, generator)
+
+    class Stochastic(Module):
+        def loss(self, batch):
+            torch.rand(3), random.random()
+            np.random.rand()
+            return super().loss(batch)
+
+    for module in (Module, Stochastic):
+        drawn.clear()
+        trainer(AdversarialTraining(Drawing(steps=1), Threat(eps=0.1))).fit(
+            module(lambda b: b), DataLoader(Rows(lambda i: (X[i], Y[i])), 12)
+        )
+        assert all(len(set(column)) == 4 for column in zip(*drawn, strict=True))
