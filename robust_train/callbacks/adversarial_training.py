@@ -46,7 +46,7 @@ class AdversarialTraining(Callback):
         training_step:                     # inside autocast and inside DistributedDataParallel.forward
             x_adv = attack(own loss, x)    # extra calls of the step, which leave no trace
             output = training_step(batch with x_adv, or with x: as the objective says)
-            loss = own_weight * output + the objective's extra part
+            loss = own_weight * output + the objective's part   # train/adv_loss
         backward, optimizer step, …        # untouched
 
     Args:
@@ -70,10 +70,8 @@ class AdversarialTraining(Callback):
 
     Raises:
         ValueError: a setting is out of range. In ``setup``: what cannot be combined. With the first batch, before
-            anything is
-            trained: the batch has no such input, or it lies outside of the threat's range (data that the pipeline
-                normalised
-            with no ``mean`` and ``std`` in the threat).
+            anything is trained: the batch has no such input, or it lies outside of the threat's range (data that the
+            pipeline normalised, with no ``mean`` and ``std`` in the threat).
         TypeError: ``attack``, ``threat`` or ``objective`` is of another kind, or the input is not floating point.
 
     Note:

@@ -71,9 +71,8 @@ class RobustAccuracy(Metric):
 class AttackSuccessRate(Metric):
     """Of the examples that are classified right when clean, the share that some attack turns wrong.
 
-    Shapes: ``update(clean_preds, preds, target)``, predictions as in ``survivors``; ``compute()`` is a scalar in [0,
-        1], NaN
-    when no clean prediction was right.
+    Shapes: ``update(clean_preds, preds, target)``, predictions as in ``survivors``; ``compute()`` is a scalar in
+    [0, 1], NaN when no clean prediction was right.
     """
 
     full_state_update = False
