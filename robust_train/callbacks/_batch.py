@@ -82,12 +82,14 @@ def replaced(batch: Any, path: Path, value: Any) -> Any:
 
 def write_back(batch: Any, sent: Any, path: Path, value: Any) -> None:
     """What a step wrote into the containers that ``replaced(batch, path, value)`` exchanged goes into the user's."""
-    if not path or isinstance(batch, tuple):
+    if not path:
         return
     key, rest = path[0], path[1:]
     old, new = dict(_children(batch)), dict(_children(sent))
     if rest and key in new:
         write_back(old[key], new[key], rest, value)
+    if isinstance(batch, tuple):  # nothing can be written into one
+        return
     for k, v in new.items():
         exchanged = k == key and (v is value if not rest else type(v) is type(old[k]))
         if not exchanged and (k not in old or old[k] is not v):

@@ -250,9 +250,8 @@ class Threat:
 
         Returns:
             What to add to the model's input, ``(B, ...)``: steepest ascent for Linf and L2. For L1 a Euclidean step
-            too: the exact projection that follows makes it sparse, and unlike steps along the largest entries it does
-                not
-            stall where the box blocks them.
+            too: the exact projection that follows makes it sparse, and it goes on where the box blocks the largest
+            entries.
 
         Reference:
             Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, section 2.1.

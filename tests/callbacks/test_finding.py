@@ -190,6 +190,13 @@ def test_what_a_step_writes_into_its_batch_reaches_the_users():
     assert batch.keys() == {"x", "y", "logits"}
     assert batch["x"] is X
 
+    batch = ({"x": X}, Y)
+    sent = replaced(batch, (0, "x"), X + 1)
+    sent[0]["logits"] = 5
+    write_back(batch, sent, (0, "x"), sent[0]["x"])
+    assert batch[0].keys() == {"x", "logits"}
+    assert batch[0]["x"] is X
+
 
 @pytest.mark.parametrize("clear", ["module", "optimizer", "raw"])
 def test_gradients_that_accumulate_survive_the_extra_calls(clear):
