@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,7 +123,9 @@ class StepVictim(Victim):
 
     def training(self) -> StepVictim:
         """The same step in training mode, with gradients to the parameters: for an objective's own part of the loss."""
-        return self._changed(mode="train", frozen=False)
+        other = copy.copy(self)
+        other._mode, other._frozen, other._open = "train", False, False
+        return other
 
     def loss(self, x: Tensor) -> Tensor:
         return self._own(x) if self._own_loss else self.loss_and_logits(x)[0]
@@ -161,16 +164,16 @@ class StepVictim(Victim):
 
     def loss_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.logits(x)
-        return (self._own(x) if self._own_loss else classification_loss(logits, self._known_labels())), logits
+        return (self._own(x) if self._own_loss else classification_loss(logits, self.known_labels())), logits
 
     def take(self, index: Tensor) -> StepVictim:
         size = len(get(self.batch, self.layout.input_path))
-        return self._changed(batch=take(self.batch, index, size))
+        return self._with_batch(take(self.batch, index, size))
 
     def relabelled(self, labels: Tensor) -> StepVictim:
         if self.layout.labels_path is None:
             return super().relabelled(labels)  # type: ignore[return-value]
-        return self._changed(batch=replaced(self.batch, self.layout.labels_path, labels))
+        return self._with_batch(replaced(self.batch, self.layout.labels_path, labels))
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -183,10 +186,6 @@ class StepVictim(Victim):
                 yield
             finally:
                 self._open = False
-
-    def replaying(self) -> AbstractContextManager[None]:
-        """For the real call: see ``Sandbox.replaying``."""
-        return self._sandbox.replaying()
 
     def _own(self, x: Tensor) -> Tensor:
         """The step's own loss."""
@@ -216,21 +215,10 @@ class StepVictim(Victim):
         # a copy of x as well, so that the user's code may write into its input in place
         return replaced(fresh(self.batch), self.layout.input_path, x.clone())
 
-    def _changed(self, batch: Any = None, mode: str | None = None, frozen: bool | None = None) -> StepVictim:
-        other = StepVictim(
-            self._module,
-            self._step,
-            self.batch if batch is None else batch,
-            self.layout,
-            self._sandbox,
-            mode=self._mode if mode is None else mode,
-            own_loss=self._own_loss,
-            gradient_scale=self.gradient_scale,
-            stop_when_fooled=self.stop_when_fooled,
-        )
-        other.gradients = self.gradients
-        other._frozen = self._frozen if frozen is None else frozen
-        other._open = self._open if mode is None else False
+    def _with_batch(self, batch: Any) -> StepVictim:
+        other = copy.copy(self)
+        other.batch = batch
+        other.labels = None if self.layout.labels_path is None else get(batch, self.layout.labels_path)
         return other
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -267,10 +267,10 @@ class AdversarialTraining(Callback):
         if crafted is None or crafted.batch is not batch:  # an optimizer with a closure comes here again
             crafted = run.crafted = self._craft(trainer, module, call, batch)
         if crafted.victim is None:
-            return self._skip(module, call, batch)
+            return self._skip(module, call, crafted)
         return self._train(module, call, crafted, crafted.victim.training())
 
-    def _skip(self, module: pl.LightningModule, call: Callable[[Any], Any], batch: Any) -> Any:
+    def _skip(self, module: pl.LightningModule, call: Callable[[Any], Any], crafted: _Crafted) -> Any:
         """The extra calls found a step that skips this batch; the real one must too, or it would train undefended."""
 
         def refuse(*_: Any) -> Tensor:
@@ -279,8 +279,8 @@ class AdversarialTraining(Callback):
                 "on how often it was called, or logits=… names a submodule that it does not call"
             )
 
-        with _seams.before_backward(module, refuse):
-            output = call(batch)
+        with crafted.sandbox.replaying(), _seams.before_backward(module, refuse):
+            output = call(crafted.batch)
         return output if loss_of(output) is None or not module.automatic_optimization else refuse()
 
     def _craft(
@@ -300,11 +300,10 @@ class AdversarialTraining(Callback):
             victim.gradients = [] if run.look_closely and self.threat.radius > 0 else None
             attack, threat = self.schedule(self.attack, self.threat, trainer.current_epoch, trainer.global_step)
             seed = (run.seed or 0, _seams.data_rank(trainer), trainer.current_epoch, run.batch_idx)
-            crafted = _Crafted(
-                batch, x, attack(self.objective.attacked(victim, x), x, threat, generator_for(x.device, *seed)), victim
-            )
+            x_adv = attack(self.objective.attacked(victim, x), x, threat, generator_for(x.device, *seed))
+            crafted = _Crafted(batch, x, x_adv, sandbox, victim)
         except StepSkipped:
-            crafted = _Crafted(batch, x, x, None)
+            crafted = _Crafted(batch, x, x, sandbox, None)
         if run.look_closely and crafted.victim is not None and crafted.victim.gradients:
             if not any(map(bool, crafted.victim.gradients)):
                 rank_zero_warn(
@@ -354,7 +353,7 @@ class AdversarialTraining(Callback):
         batch = replaced(crafted.batch, layout.input_path, x)
         with ExitStack() as stack:
             stack.callback(write_back, crafted.batch, batch, layout.input_path, x)
-            stack.enter_context(victim.replaying())
+            stack.enter_context(crafted.sandbox.replaying())
             if objective.uses_logits:
                 stack.enter_context(layout.watched(seen.append))
             if not module.automatic_optimization:
@@ -365,11 +364,15 @@ class AdversarialTraining(Callback):
             return output if own is None else with_loss(output, total(own))
 
 
+@dataclass(frozen=True)
 class _Crafted:
     """One batch, its adversarial inputs, and the step as a victim (None: the step skips this batch)."""
 
-    def __init__(self, batch: Any, x: Tensor, x_adv: Tensor, victim: StepVictim | None) -> None:
-        self.batch, self.x, self.x_adv, self.victim = batch, x, x_adv, victim
+    batch: Any
+    x: Tensor
+    x_adv: Tensor
+    sandbox: Sandbox
+    victim: StepVictim | None
 
 
 class _Run:

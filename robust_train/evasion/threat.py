@@ -141,20 +141,21 @@ class Threat:
             )
         return out.view(1, -1, *[1] * (x.ndim - 2))
 
-    def _std(self, x: Tensor) -> Tensor:
+    def scale(self, x: Tensor) -> Tensor:
+        """Pixels per unit of the model's input, shaped to broadcast against ``x``: ``std``, or 1."""
         return self._vector(1.0 if self.std is None else self.std, x)
 
     def to_pixels(self, x: Tensor) -> Tensor:
         """Model inputs ``(B, ...)`` back to pixels: ``x * std + mean``."""
-        return x if self.mean is None else x * self._std(x) + self._vector(self.mean, x)
+        return x if self.mean is None else x * self.scale(x) + self._vector(self.mean, x)
 
     def from_pixels(self, x: Tensor) -> Tensor:
         """Pixels ``(B, ...)`` to model inputs: ``(x - mean) / std``."""
-        return x if self.mean is None else (x - self._vector(self.mean, x)) / self._std(x)
+        return x if self.mean is None else (x - self._vector(self.mean, x)) / self.scale(x)
 
     def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest legal model input around ``x``; the clean value itself is always legal."""
-        mean, std = self._vector(0.0 if self.mean is None else self.mean, x), self._std(x)
+        mean, std = self._vector(0.0 if self.mean is None else self.mean, x), self.scale(x)
         low = torch.minimum((self._vector(self.low, x) - mean) / std, x)
         high = torch.maximum((self._vector(self.high, x) - mean) / std, x)
         if self.mutable is not None:
@@ -166,7 +167,7 @@ class Threat:
         """The box, cut down to the ball where that is a box too (Linf): what ``project`` may be given to save work."""
         low, high = self.box(x)
         if self.norm == "linf":
-            reach = self.radius / self._std(x)
+            reach = self.radius / self.scale(x)
             low, high = torch.maximum(x - reach, low), torch.minimum(x + reach, high)
         return low, high
 
@@ -189,7 +190,7 @@ class Threat:
         low, high = self.limits(x) if limits is None else limits
         if self.norm == "linf":
             return torch.clamp(x_adv, low, high)
-        std = self._std(x)
+        std = self.scale(x)
         delta = (x_adv - x) * std
         if self.norm == "l2":
             size = _norm_over_examples(delta, 2)
@@ -239,7 +240,7 @@ class Threat:
             rest = torch.empty(x.shape[0], *[1] * (x.ndim - 1), **kind).exponential_(generator=generator)
             sign = torch.randint(0, 2, x.shape, generator=generator, device=generator.device).to(x.dtype) * 2 - 1
             unit = sign * size / (_norm_over_examples(size, 1) + rest)
-        return self.project(x + unit.to(x.device) * (self.radius / self._std(x)), x)
+        return self.project(x + unit.to(x.device) * (self.radius / self.scale(x)), x)
 
     def ascend(self, grad: Tensor, step_size: float) -> Tensor:
         """A step of length ``step_size`` (pixels) that increases the loss, for a gradient in model space.
@@ -256,7 +257,7 @@ class Threat:
         Reference:
             Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, section 2.1.
         """
-        std = self._std(grad)
+        std = self.scale(grad)
         if self.norm == "linf":
             return grad.sign() * (step_size / std)
         grad = grad / std  # in pixels
@@ -269,7 +270,7 @@ class Threat:
 
     def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """Norm of each example's perturbation in pixels, float64, shape ``(B,)``."""
-        delta = (x_adv.double() - x.double()) * self._std(x.double())
+        delta = (x_adv.double() - x.double()) * self.scale(x.double())
         order = {"linf": math.inf, "l2": 2.0, "l1": 1.0}[self.norm]
         return torch.linalg.vector_norm(delta.reshape(len(x), -1), ord=order, dim=1)
 

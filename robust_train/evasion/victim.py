@@ -47,7 +47,7 @@ class Victim(ABC):
     def score(self, x: Tensor) -> Tensor:
         """Share of each example's outputs that is right, ``(B,)``: 0 or 1, a fraction for dense predictions."""
         with torch.no_grad():
-            return correctness(self.logits(x), self._known_labels())
+            return correctness(self.logits(x), self.known_labels())
 
     def take(self, index: Tensor) -> Victim:
         """The victim restricted to some examples of its batch."""
@@ -61,7 +61,12 @@ class Victim(ABC):
         """Inside, the model may be called at will; afterwards it is as before."""
         return nullcontext()
 
-    def _known_labels(self) -> Tensor:
+    def known_labels(self) -> Tensor:
+        """The labels.
+
+        Raises:
+            ValueError: the batch has none.
+        """
         if self.labels is None:
             raise ValueError("this attack needs labels, and the batch has none")
         return self.labels
@@ -93,10 +98,10 @@ class ClassifierVictim(Victim):
 
     def loss_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.logits(x)
-        return classification_loss(logits, self._known_labels()), logits
+        return classification_loss(logits, self.known_labels()), logits
 
     def take(self, index: Tensor) -> ClassifierVictim:
-        return ClassifierVictim(self.model, self._known_labels()[index], self.stop_when_fooled)
+        return ClassifierVictim(self.model, self.known_labels()[index], self.stop_when_fooled)
 
     def relabelled(self, labels: Tensor) -> ClassifierVictim:
         return ClassifierVictim(self.model, labels, self.stop_when_fooled)
@@ -255,7 +260,7 @@ def input_gradient(victim: Victim, x: Tensor) -> tuple[Tensor, Tensor, Tensor | 
     with torch.enable_grad():
         if victim.stop_when_fooled:
             loss, logits = victim.loss_and_logits(x)
-            score = correctness(logits.detach(), victim._known_labels())
+            score = correctness(logits.detach(), victim.known_labels())
         else:
             loss = victim.loss(x)
         if not loss.requires_grad:

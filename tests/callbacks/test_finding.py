@@ -321,3 +321,18 @@ def test_an_attack_may_draw_from_the_global_generators_between_the_extra_calls()
             module(lambda b: b), DataLoader(Rows(lambda i: (X[i], Y[i])), 12)
         )
         assert all(len(set(column)) == 4 for column in zip(*drawn, strict=True))
+
+
+def test_a_step_that_draws_and_then_skips_draws_once():
+    class Skipping(Module):
+        def on_fit_start(self):
+            self.source, self.drawn = iter(range(100)), []
+
+        def training_step(self, batch, batch_idx):
+            self.drawn.append(next(self.source))
+            return None if batch_idx % 2 == 0 else self.loss(batch)
+
+    module = Skipping(lambda b: b)
+    data = DataLoader(Rows(lambda i: (X[i], Y[i])), 3)
+    trainer(AdversarialTraining(PGD(steps=2), Threat(eps=0.1))).fit(module, data)
+    assert module.drawn == [0, 1, 2, 3]

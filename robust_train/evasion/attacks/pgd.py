@@ -167,7 +167,7 @@ def _targets(kind: str, victim: Victim, x: Tensor, generator: torch.Generator) -
         logits = victim.logits(x)
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(f"a targeted attack needs logits (B, classes), got {tuple(logits.shape)}")
-    labels, classes = victim._known_labels(), logits.shape[1]
+    labels, classes = victim.known_labels(), logits.shape[1]
     truth = (labels.argmax(1) if labels.is_floating_point() else labels).long()
     if kind == "next":
         return (truth + 1) % classes

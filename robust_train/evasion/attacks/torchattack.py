@@ -127,14 +127,14 @@ class TorchAttack(Attack):
         low, high = _range(threat)
         unit = ((threat.to_pixels(x.float()) - low) / (high - low)).clamp(0.0, 1.0)
         images = unit if x.ndim == 4 else unit.reshape(len(x), -1, 1, 1)
-        labels = victim._known_labels()
+        labels = victim.known_labels()
         soft = labels.is_floating_point() and not binary
         labels = labels.argmax(1) if soft else (labels.flatten() if binary else labels).long()
         with torch.enable_grad():
             attack = self._attack_class()(_UnitModel(victim, x, threat), **arguments)
             found = attack(images.clone(), labels.clone()).detach().view_as(unit)
         moved = (found - unit) * (high - low)
-        return x.float() + moved / threat._std(x.float())
+        return x.float() + moved / threat.scale(x.float())
 
     def _attack_class(self) -> type:
         try:
