@@ -1,0 +1,1 @@
+"""How each example's gradient is bounded: one file a method."""

@@ -1,0 +1,1 @@
+"""Where per-example gradients come from: one file an engine."""
