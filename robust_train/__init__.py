@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robust_train.callbacks.adversarial_training import AdversarialTraining as AdversarialTraining
+    from robust_train.callbacks.dp_sgd import DPSGD as DPSGD
     from robust_train.callbacks.robust_evaluation import RobustEvaluation as RobustEvaluation
     from robust_train.config import recipe as recipe
     from robust_train.evasion.attacks.base import Attack as Attack
@@ -34,6 +35,7 @@ _HOME = {
     "Attack": "evasion.attacks.base",
     "AttackSuccessRate": "evasion.metrics",
     "ClassifierVictim": "evasion.victim",
+    "DPSGD": "callbacks.dp_sgd",
     "FGSM": "evasion.attacks.fgsm",
     "Objective": "evasion.objectives.base",
     "PGD": "evasion.attacks.pgd",

@@ -29,6 +29,12 @@ CURVE_STEPS = 20
 
 def main() -> None:
     """Entry point; torch is imported only once a run begins, so that ``--help`` answers at once."""
+    if sys.argv[1:2] == ["privacy"]:
+        from robust_train.privacy import command
+        from robust_train.report import epsilon_chart
+
+        command.main(sys.argv[2:], draw=epsilon_chart)
+        return
     register()
     Plugins.instance().register(CommandLineSearchPath)
     if not getattr(sys.flags, "safe_path", False):  # a console script does not see the modules beside it
@@ -70,9 +76,13 @@ def _run(cfg: DictConfig) -> float:
     for name in names:
         print(f"\n=== {name}: training, then judging ===" if cfg.baseline else f"\n=== {name} ===", flush=True)
         start = time.perf_counter()
-        models[name], data = _train(cfg, folder / name, defended=name == recipe)
+        models[name], data, privacy = _train(cfg, folder / name, defended=name == recipe)
         seconds = time.perf_counter() - start
-        results[name] = {**_judge(cfg, models[name], data, threat, attacks), "train_seconds": round(seconds, 1)}
+        results[name] = {
+            **_judge(cfg, models[name], data, threat, attacks),
+            **privacy,
+            "train_seconds": round(seconds, 1),
+        }
     summary = {
         "recipe": recipe,
         "threat": threat.describe(),
@@ -90,7 +100,10 @@ def _run(cfg: DictConfig) -> float:
         comparison.figure(results, threat=threat.describe(), eps=threat.radius, rows=rows), encoding="utf-8"
     )
     print("\n" + comparison.as_table(results, threat.describe()))
-    print(f"\nIn {folder}: result.json, result.csv, figure.svg; for each model metrics.csv and checkpoints/.")
+    print(
+        f"\nIn {folder}: result.json, result.csv, figure.svg; for each model metrics.csv and checkpoints/, "
+        "and privacy_certificate.json where it was trained privately."
+    )
     final = results[recipe]
     return final["robust_acc"] if "robust_acc" in final else -final["robust_loss"]
 
@@ -114,8 +127,14 @@ def _judges(cfg: DictConfig, threat: Any) -> dict[str, Any]:
     return attacks
 
 
-def _train(cfg: DictConfig, folder: Path, *, defended: bool) -> tuple[pl.LightningModule, pl.LightningDataModule]:
-    """One training run in ``folder``; the undefended twin gets the same seed and everything but the defences."""
+def _train(
+    cfg: DictConfig, folder: Path, *, defended: bool
+) -> tuple[pl.LightningModule, pl.LightningDataModule, dict[str, Any]]:
+    """One training run in ``folder``; the undefended twin gets the same seed and everything but the defences.
+
+    Returns:
+        The trained module, the data module, and what the run's privacy certificate says (nothing without one).
+    """
     import pytorch_lightning as pl
     from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.loggers import CSVLogger
@@ -142,7 +161,21 @@ def _train(cfg: DictConfig, folder: Path, *, defended: bool) -> tuple[pl.Lightni
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning's own affair
         trainer.fit(model, data)
-    return model, data
+    return model, data, _privacy(folder)
+
+
+def _privacy(folder: Path) -> dict[str, Any]:
+    """Epsilon and delta of a run that was trained privately, and epsilon over its steps as ``privacy_epsilon.svg``."""
+    path = folder / "privacy_certificate.json"
+    if not path.is_file():
+        return {}
+    from robust_train.privacy.certificate import Certificate
+    from robust_train.report.privacy import epsilon_chart
+
+    certificate = Certificate.read(path)
+    chart = epsilon_chart(certificate)
+    (folder / "privacy_epsilon.svg").write_text(chart, encoding="utf-8")
+    return {"epsilon": certificate.epsilon, "delta": certificate.delta}
 
 
 def _load_weights(model: pl.LightningModule, path: Path) -> None:

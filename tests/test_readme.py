@@ -15,7 +15,9 @@ from robust_train.hydra_plugin import config_dir
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line.split("#")[0].split() for line in re.findall(r"^(robust-train .*)$", README, re.MULTILINE)]
+LINES = [line.split("#")[0].split() for line in re.findall(r"^(robust-train .*)$", README, re.MULTILINE)]
+COMMANDS = [words for words in LINES if words[1] != "privacy"]
+PLANS = [words for words in LINES if words[1] == "privacy"]
 
 
 @pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
@@ -37,6 +39,17 @@ def test_commands_compose(command, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["robust-train", *words, "--cfg", "job", "--resolve"])
     cli.main()
     assert "_target_: robust_train." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", PLANS, ids=" ".join)
+def test_plans_are_printed(command, monkeypatch, capsys):
+    from robust_train import cli
+
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code in (0, None)
+    assert "noise multiplier" in capsys.readouterr().out
 
 
 def test_the_recipes_are_all_in_the_table():

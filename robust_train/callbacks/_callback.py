@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,6 +44,11 @@ class Callback(_Base):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as plain builtins; ``load_state_dict`` receives it."""
         return {"settings": self.settings()}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forward and backward passes inside are extra ones, that this callback must not take for training's."""
+        yield
 
     def announce(self, trainer: pl.Trainer, text: str) -> None:
         """Say what is active, once, and record the settings with the user's loggers."""

@@ -23,6 +23,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torchmetrics import Metric
 
+from robust_train.callbacks._callback import Callback
 from robust_train.callbacks._seams import silenced
 from robust_train.callbacks._state import (
     LONGEST_CONTAINER,
@@ -81,11 +82,14 @@ class Sandbox:
         self._exchanged: list[tuple[Holder, Any]] = []
         self._visit(module, 0, {id(trainer)})
         self._parameters = list(dict.fromkeys(p for m in self._layers for p in m._parameters.values() if p is not None))
-        self._versions: tuple[int, ...] = ()  # of the parameters when the real call began
+        self._versions = _versions(self._parameters)  # when the real call began
 
     @contextmanager
-    def opened(self, mode: str, frozen_parameters: bool = True) -> Iterator[None]:
-        """For a series of extra calls, each inside ``call``: parameters frozen, modes set, logging silenced."""
+    def opened(self, mode: str, frozen_parameters: bool = True, pausing: bool = True) -> Iterator[None]:
+        """For a series of extra calls, each inside ``call``: parameters frozen, modes set, logging silenced.
+
+        With ``pausing``, callbacks of ours that record what training differentiates do not see these calls.
+        """
         rng = get_global_rng(self._device)
         # those that FSDP shards are written by nobody else, and change their storage in every forward pass
         whole = tuple(p for p in self._parameters if not hasattr(p, "to_local"))
@@ -105,6 +109,9 @@ class Sandbox:
                 _set_versions(whole, self._versions)
             stack.enter_context(crafting_mode(self._layers, self._module, mode))
             stack.enter_context(silenced(self._module, self._trainer))
+            for callback in self._trainer.callbacks:
+                if pausing and isinstance(callback, Callback):
+                    stack.enter_context(callback.paused())
             self._contents = [(holder, holder.content()) for holder in self._holders]
             self._exchanged = [
                 (h, content) for h, content in self._contents if any(map(is_exchanged, values_in(content)))
@@ -146,11 +153,16 @@ class Sandbox:
                 self._numpy_used = numpy_moved(self._rng)
             set_global_rng(rng, self._device)
 
+    @property
+    def drew_from_iterators(self) -> bool:
+        """Whether an extra call has taken items from an iterator that the module holds."""
+        return any(replay.drawn for replay in self._replays.values())
+
     @contextmanager
     def replaying(self) -> Iterator[None]:
         """For the real call: it draws from the module's iterators what the extra calls have drawn before it."""
-        self._versions = tuple(p._version for p in self._parameters if not hasattr(p, "to_local"))
-        if not any(replay.drawn for replay in self._replays.values()):
+        self._versions = _versions(self._parameters)
+        if not self.drew_from_iterators:
             yield
             return
         contents = [holder.content() for holder in self._holders]
@@ -232,6 +244,10 @@ class Sandbox:
 def _give_back(grads: list[tuple[nn.Parameter, Tensor]]) -> None:
     for p, grad in grads:
         p.grad = grad
+
+
+def _versions(parameters: Iterable[nn.Parameter]) -> tuple[int, ...]:
+    return tuple(p._version for p in parameters if not hasattr(p, "to_local"))
 
 
 def _set_versions(tensors: tuple[Tensor, ...], versions: tuple[int, ...]) -> None:

@@ -272,3 +272,53 @@ def unsupported_strategy(trainer: Any) -> str | None:
         if cls.__name__ in UNSUPPORTED_STRATEGIES:
             return f"strategy {cls.__name__}: {UNSUPPORTED_STRATEGIES[cls.__name__]}"
     return None
+
+
+# --- DP-SGD -------------------------------------------------------------------------------------------------------
+
+
+def exchange_train_loader(trainer: Any, exchange: Callable[[Any], Any]) -> Callable[[], None]:
+    """Put ``exchange(loader)`` in place of the train loader, wherever it comes from; returns what undoes it.
+
+    Lightning has no hook for it: by ``on_fit_start`` the loader may have been asked for already (by
+    ``trainer.estimated_stepping_batches`` in ``configure_optimizers``).
+    """
+    fit_loop = trainer.fit_loop
+    source = fit_loop._data_source
+    request = source.dataloader
+    source.dataloader = lambda: exchange(request())
+    fit_loop._combined_loader = None  # an earlier fit's, which would be used again
+
+    def undo() -> None:
+        source.__dict__.pop("dataloader", None)
+        fit_loop._combined_loader = None
+
+    return undo
+
+
+def stop_after(trainer: Any, steps: int) -> Callable[[], None]:
+    """Let no fit go beyond ``global_step == steps``, whatever ``min_epochs`` says; returns what undoes it.
+
+    ``trainer.should_stop`` gives way to ``min_epochs`` and ``min_steps``; ``max_steps`` does not.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    before = loop.max_steps
+    loop.max_steps = steps if before == -1 else min(before, steps)
+
+    def undo() -> None:
+        loop.max_steps = before
+
+    return undo
+
+
+def micro_batches_begun(trainer: Any) -> int:
+    """Batches of the running epoch that the loop counts as begun; restored with a checkpoint."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+def transferred(trainer: Any, batch: Any) -> Any:
+    """A batch as the training loop hands it to the step: precision, hooks of the module and data module, device."""
+    module = trainer.lightning_module
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

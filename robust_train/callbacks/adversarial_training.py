@@ -208,6 +208,7 @@ class AdversarialTraining(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._run.batch_idx, self._run.crafted = batch_idx, None
+        self._run.look_closely |= batch_idx == 0  # DPSGD's checks may have crafted examples of their own before
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._remove()

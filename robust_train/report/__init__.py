@@ -10,3 +10,5 @@ from .pages import page as page
 from .pictures import Tile as Tile
 from .pictures import diverging as diverging
 from .pictures import image_grid as image_grid
+from .privacy import epsilon_chart as epsilon_chart
+from .privacy import epsilon_over_steps as epsilon_over_steps

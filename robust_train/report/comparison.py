@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,17 +35,35 @@ def _shown(value: Any, kind: str) -> str:
     return f"{100 * value:.1f} %" if kind == "acc" else f"{value:.4g}"
 
 
+def _is_private(results: Results) -> bool:
+    return any("epsilon" in r for r in results.values())
+
+
+def _epsilon(result: Mapping[str, Any]) -> str:
+    """Rounded up: what is shown must not be less than what was proved."""
+    if "epsilon" not in result:
+        return "none"
+    value = result["epsilon"]
+    return "void" if value is None else f"{math.ceil(100 * value) / 100:.2f} (delta {result['delta']:.1g})"
+
+
 def as_table(results: Results, threat: str) -> str:
     """A plain-text table: one row a run, one column an attack.
 
     Args:
-        results: metrics of each run by name: ``clean_acc``, ``robust_acc``, ``robust_acc_<attack>`` (or ``…_loss``).
+        results: metrics of each run by name: ``clean_acc``, ``robust_acc``, ``robust_acc_<attack>`` (or ``…_loss``);
+            ``epsilon`` and ``delta`` of a run that was trained privately.
         threat: the threat in words, for the heading.
     """
-    kind, columns = _kind(results), _columns(results)
-    head = ["", *(heading for _, heading in columns), "training"]
+    kind, columns, private = _kind(results), _columns(results), _is_private(results)
+    head = ["", *(heading for _, heading in columns), *(["epsilon"] if private else []), "training"]
     body = [
-        [name, *(_shown(r.get(key), kind) for key, _ in columns), f"{r['train_seconds']:.0f} s"]
+        [
+            name,
+            *(_shown(r.get(key), kind) for key, _ in columns),
+            *([_epsilon(r)] if private else []),
+            f"{r['train_seconds']:.0f} s",
+        ]
         for name, r in results.items()
     ]
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
@@ -58,12 +77,12 @@ def as_table(results: Results, threat: str) -> str:
 
 def as_csv(results: Results) -> str:
     """The same numbers, unrounded, one row a run."""
-    columns = _columns(results)
+    columns = [key for key, _ in _columns(results)] + (["epsilon", "delta"] if _is_private(results) else [])
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["run", *(key for key, _ in columns), "train_seconds"])
+    writer.writerow(["run", *columns, "train_seconds"])
     for name, r in results.items():
-        writer.writerow([name, *(r.get(key, "") for key, _ in columns), r["train_seconds"]])
+        writer.writerow([name, *(r.get(key, "") for key in columns), r["train_seconds"]])
     return out.getvalue()
 
 

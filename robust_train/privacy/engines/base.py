@@ -36,6 +36,15 @@ class Engine(ABC):
     recorded, except within ``paused()``; elsewhere the module behaves as if the engine were not there. After
     ``close`` the module is as it was before.
 
+    ::
+
+        engine.start()
+        loss = training_step(batch)        # any number of forward passes, and attacks
+        engine.arm()
+        loss.backward()                    # one backward pass
+        result = engine.clipped_sum(...)
+        engine.stop()
+
     Args:
         module: whose per-example gradients are wanted. Nothing in it is exchanged, no state-dict key changes.
         parameters: of the module, each requiring a gradient; the order of everything returned.
@@ -46,6 +55,7 @@ class Engine(ABC):
 
     def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         self.module, self.parameters = module, list(parameters)
+        self._names = {p: name for name, p in module.named_parameters()}
 
     @abstractmethod
     def start(self) -> None:
@@ -54,6 +64,15 @@ class Engine(ABC):
     @abstractmethod
     def stop(self) -> None:
         """Record no longer, and forget what was recorded."""
+
+    @abstractmethod
+    def arm(self) -> None:
+        """The next backward pass is the one to record.
+
+        Call it between the last forward pass and the ``backward()`` of the training loss. Backward passes since
+        ``start`` that come before it, as attacks make them, are not recorded. ``clipped_sum``, ``start`` and ``stop``
+        disarm.
+        """
 
     @contextmanager
     @abstractmethod
@@ -87,8 +106,9 @@ class Engine(ABC):
             weights: factor on each example's clipped gradient, in [0, 1], shape ``(examples,)``; None: ones.
 
         Raises:
-            RowsMismatch: a layer's recorded rows are not ``examples * views``, or several backward passes
-                reached the parameters.
+            RowsMismatch: a layer's recorded rows are not ``examples * views``, nothing was recorded, or a gradient
+                reached a parameter by another way than through its layer, where the engine can tell. Several backward
+                passes, and forward passes of an earlier step, raise in the backward pass itself.
         """
 
     @abstractmethod
