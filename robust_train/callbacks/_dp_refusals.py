@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from robust_train.privacy.accounting import ACCOUNTANTS
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -65,3 +68,56 @@ def _reasons(trainer: Any, module: Any, callback: Any) -> Iterator[str]:
                 f"{type(layer).__name__} {name!r}: it mixes the examples of a batch, so that one person moves all "
                 "others' gradients. Set fix_modules=true, which puts GroupNorm in its place, or freeze it in eval mode"
             )
+
+
+def check_settings(dp_sgd: Any, engines: Sequence[str]) -> None:
+    """What DPSGD was given.
+
+    Raises:
+        ValueError: a setting is out of range, or contradicts another.
+    """
+    if dp_sgd.target_epsilon is None and dp_sgd.noise_multiplier is None:
+        raise ValueError("dp_sgd needs target_epsilon (a budget) or noise_multiplier (a noise level), or both")
+    for name, ok, wanted in (
+        ("target_epsilon", _positive, "a number > 0"),
+        ("noise_multiplier", lambda v: _finite(v) and v >= 0, "a number >= 0"),
+        ("target_delta", lambda v: _finite(v) and 0 < v < 1, "a number in (0, 1)"),
+        ("max_grad_norm", lambda v: _number(v) and v > 0, "a number > 0"),
+        ("physical_batch_size", _count, "a whole number >= 1"),
+        ("dataset_size", _count, "a whole number >= 1"),
+        ("sample_rate", lambda v: _finite(v) and 0 < v <= 1, "a number in (0, 1]"),
+        ("augmentation_multiplicity", _count, "a whole number >= 1"),
+        ("lost_steps", lambda v: v == 0 or _count(v), "a whole number >= 0"),
+        ("unsafe_seed", lambda v: v == 0 or _count(v), "a whole number >= 0"),
+        ("noise_schedule", lambda v: len(v) > 0 and all(map(_positive, v)), "numbers > 0, at least one"),
+        ("accountant", ACCOUNTANTS.__contains__, f"one of {', '.join(ACCOUNTANTS)}"),
+        ("engine", engines.__contains__, f"one of {', '.join(engines)}"),
+    ):
+        value = getattr(dp_sgd, name)
+        if value is not None and not ok(value):
+            raise ValueError(f"dp_sgd.{name} must be {wanted}, got {value!r}")
+    if dp_sgd.max_grad_norm == math.inf and dp_sgd.noise_multiplier != 0:
+        raise ValueError("dp_sgd.max_grad_norm=inf bounds no example, so no noise hides it: use a finite norm")
+    if dp_sgd.noise_multiplier == 0 and dp_sgd.target_epsilon is not None:
+        raise ValueError("dp_sgd.noise_multiplier=0 has no finite epsilon: leave out target_epsilon, or add noise")
+    rows, views = dp_sgd.physical_batch_size, dp_sgd.augmentation_multiplicity
+    if rows is not None and rows < views:
+        raise ValueError(
+            f"dp_sgd.physical_batch_size={rows} holds no example: each has augmentation_multiplicity={views} rows"
+        )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _finite(value: Any) -> bool:
+    return _number(value) and math.isfinite(value)
+
+
+def _positive(value: Any) -> bool:
+    return _finite(value) and value > 0
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch.utils.data import (
 )
 from torch.utils.data.sampler import BatchSampler
 
-from robust_train.privacy.sampling import PoissonBatches
+from robust_train.callbacks import _seams
+from robust_train.privacy.entropy import Entropy
+from robust_train.privacy.sampling import PoissonBatches, micro_batches_for
 
 
 class PoissonLoader:
@@ -28,10 +31,13 @@ class PoissonLoader:
         batches: which examples make up each batch.
         begun: asked when a pass begins: how many micro-batches of its first logical batch are over (in a run that
             was interrupted between two optimizer steps).
+        public_size: number of examples, as the public knows it.
     """
 
-    def __init__(self, loader: DataLoader[Any], batches: PoissonBatches, begun: Callable[[], int]) -> None:
-        self.batches, self._begun = batches, begun
+    def __init__(
+        self, loader: DataLoader[Any], batches: PoissonBatches, begun: Callable[[], int], public_size: int
+    ) -> None:
+        self.batches, self._begun, self.public_size = batches, begun, public_size
         self._loader: DataLoader[Any] = DataLoader(
             loader.dataset,
             batch_sampler=batches,  # type: ignore[arg-type]
@@ -64,6 +70,56 @@ class PoissonLoader:
         if name == "_loader":  # while being unpickled
             raise AttributeError(name)
         return getattr(self._loader, name)
+
+
+def poisson_loader(
+    trainer: Any,
+    loader: Any,
+    entropy: Entropy,
+    *,
+    accumulate: int,
+    sample_rate: float | None,
+    dataset_size: int | None,
+    physical_batch_size: int | None,
+    views: int,
+) -> PoissonLoader:
+    """The user's train loader with Poisson batches; the Trainer counts in micro-batches from here on.
+
+    A logical batch is what all processes see in one optimizer step. What the user counts in batches of the loader
+    (limits, intervals of validation) is translated, so that an epoch has as many steps as it had.
+
+    Args:
+        trainer: whose counting is changed.
+        loader: the user's.
+        entropy: where the coin flips come from.
+        accumulate: the user's ``accumulate_grad_batches``.
+        sample_rate: of each example; None: that of the loader's batches.
+        dataset_size: number of examples, as the public knows it; None: the dataset's.
+        physical_batch_size: most rows in a micro-batch; None: one micro-batch for each batch of the user's.
+        views: rows of each example.
+    """
+    loader = check_loader(loader)
+    size, world, limit = len(loader.dataset), trainer.world_size, trainer.limit_train_batches  # type: ignore[arg-type]
+    public_size = dataset_size or size
+    if sample_rate is None:
+        sample_rate = min(1.0, loader.batch_size * accumulate * world / public_size)  # type: ignore[operator]
+        count = math.floor if loader.drop_last else math.ceil
+        batches = max(1, count(math.ceil(public_size / world) / loader.batch_size))  # type: ignore[operator]
+        steps = math.ceil(batches / accumulate)
+    else:
+        steps = round(1 / sample_rate)
+    steps = min(steps, math.ceil(limit / accumulate)) if isinstance(limit, int) else max(1, int(steps * limit))
+    k = accumulate
+    if physical_batch_size is not None:
+        k = micro_batches_for(size, sample_rate, world, physical_batch_size // views)
+    interval = trainer.val_check_interval
+    if isinstance(interval, int):
+        trainer.val_check_interval = math.ceil(interval / accumulate) * k
+    trainer.accumulate_grad_batches, trainer.limit_train_batches = k, 1.0
+    sampler = PoissonBatches(
+        size, sample_rate, steps, k, views=views, rank=trainer.global_rank, world=world, entropy=entropy
+    )
+    return PoissonLoader(loader, sampler, lambda: _seams.micro_batches_begun(trainer) % k, public_size)
 
 
 def check_loader(loader: Any) -> DataLoader[Any]:

@@ -16,7 +16,7 @@ from robust_train.callbacks._sandbox import Sandbox
 from robust_train.callbacks._step import loss_of
 from robust_train.privacy.clipping.flat import Flat
 from robust_train.privacy.engines.base import Engine
-from robust_train.privacy.preflight import GuaranteeVoid, Probe
+from robust_train.privacy.preflight import GuaranteeVoid, Probe, check
 
 
 class StepProbe(Probe):
@@ -32,6 +32,12 @@ class StepProbe(Probe):
     def __init__(self, trainer: Any, module: Any, collate: Callable[[list[Any]], Any], engine: Engine) -> None:
         self._trainer, self._module, self._collate, self._engine = trainer, module, collate, engine
         self._step = module.training_step
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Those that are trained, by their names."""
+        names = {p: name for name, p in self._module.named_parameters()}
+        return {names[p]: p for p in self._engine.parameters}
 
     @property
     def where(self) -> str:
@@ -122,3 +128,17 @@ class StepProbe(Probe):
                 "decide over the others. Return a loss for every batch"
             )
         return loss
+
+
+def check_step(probe: StepProbe, pool: Sequence[Any]) -> None:
+    """All preflight checks, with the tolerance that the parameters' precision asks for.
+
+    Args:
+        probe: the training step.
+        pool: some of the dataset's samples.
+
+    Raises:
+        GuaranteeVoid: no epsilon would hold for this step.
+    """
+    tolerance = max(1e-3, *(20 * torch.finfo(p.dtype).eps for p in probe.parameters.values()))
+    check(probe, pool, list(probe.parameters), tolerance)

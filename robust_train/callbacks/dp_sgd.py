@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from robust_train.callbacks import _seams
 from robust_train.callbacks._callback import Callback, call_text, plain
-from robust_train.callbacks._dp_refusals import refuse_what_cannot_work
-from robust_train.callbacks._poisson import PoissonLoader, check_loader
-from robust_train.callbacks._probe import StepProbe
+from robust_train.callbacks._dp_refusals import check_settings, refuse_what_cannot_work
+from robust_train.callbacks._poisson import PoissonLoader, poisson_loader
+from robust_train.callbacks._probe import StepProbe, check_step
 from robust_train.evasion.randomness import preserved_rng
-from robust_train.privacy.accounting import ACCOUNTANTS
 from robust_train.privacy.certificate import Certificate
 from robust_train.privacy.clipping.base import Clipping
 from robust_train.privacy.clipping.flat import Flat
@@ -32,8 +31,7 @@ from robust_train.privacy.fix import fix_modules as exchange_layers
 from robust_train.privacy.journal import Segment
 from robust_train.privacy.ledger import Ledger
 from robust_train.privacy.plan import default_delta
-from robust_train.privacy.preflight import GuaranteeVoid, check
-from robust_train.privacy.sampling import PoissonBatches, micro_batches_for
+from robust_train.privacy.preflight import GuaranteeVoid
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -142,44 +140,19 @@ class DPSGD(Callback):
         clipping = Flat() if clipping is None else clipping
         if not isinstance(clipping, Clipping):
             raise TypeError(f"dp_sgd.clipping must be a robust_train Clipping, got {clipping!r}")
-        if target_epsilon is None and noise_multiplier is None:
-            raise ValueError("dp_sgd needs target_epsilon (a budget) or noise_multiplier (a noise level), or both")
-        for name, value, ok, wanted in (
-            ("target_epsilon", target_epsilon, _positive, "a number > 0"),
-            ("noise_multiplier", noise_multiplier, lambda v: _finite(v) and v >= 0, "a number >= 0"),
-            ("target_delta", target_delta, lambda v: _finite(v) and 0 < v < 1, "a number in (0, 1)"),
-            ("max_grad_norm", max_grad_norm, lambda v: _number(v) and v > 0, "a number > 0"),
-            ("physical_batch_size", physical_batch_size, _count, "a whole number >= 1"),
-            ("dataset_size", dataset_size, _count, "a whole number >= 1"),
-            ("sample_rate", sample_rate, lambda v: _finite(v) and 0 < v <= 1, "a number in (0, 1]"),
-            ("augmentation_multiplicity", augmentation_multiplicity, _count, "a whole number >= 1"),
-            ("lost_steps", lost_steps, lambda v: v == 0 or _count(v), "a whole number >= 0"),
-            ("unsafe_seed", unsafe_seed, lambda v: v == 0 or _count(v), "a whole number >= 0"),
-        ):
-            if value is not None and not ok(value):
-                raise ValueError(f"dp_sgd.{name} must be {wanted}, got {value!r}")
-        for name, value, choices in (("accountant", accountant, ACCOUNTANTS), ("engine", engine, ("auto", *ENGINES))):
-            if value not in choices:
-                raise ValueError(f"dp_sgd.{name} must be one of {', '.join(choices)}, got {value!r}")
-        schedule = tuple(noise_schedule)
-        if not schedule or not all(_positive(factor) for factor in schedule):
-            raise ValueError(f"dp_sgd.noise_schedule must be numbers > 0, at least one, got {noise_schedule!r}")
-        if max_grad_norm == math.inf and noise_multiplier != 0:
-            raise ValueError("dp_sgd.max_grad_norm=inf bounds no example, so no noise hides it: use a finite norm")
-        if noise_multiplier == 0 and target_epsilon is not None:
-            raise ValueError("dp_sgd.noise_multiplier=0 has no finite epsilon: leave out target_epsilon, or add noise")
-        if physical_batch_size is not None and physical_batch_size < augmentation_multiplicity:
-            raise ValueError(
-                f"dp_sgd.physical_batch_size={physical_batch_size} holds no example: each has "
-                f"augmentation_multiplicity={augmentation_multiplicity} rows"
-            )
         self.target_epsilon, self.noise_multiplier, self.target_delta = target_epsilon, noise_multiplier, target_delta
         self.max_grad_norm, self.physical_batch_size = max_grad_norm, physical_batch_size
         self.dataset_size, self.sample_rate = dataset_size, sample_rate
-        self.accountant, self.engine, self.clipping, self.noise_schedule = accountant, engine, clipping, schedule
+        self.accountant, self.engine, self.clipping, self.noise_schedule = (
+            accountant,
+            engine,
+            clipping,
+            tuple(noise_schedule),
+        )
         self.augmentation_multiplicity, self.fix_modules = augmentation_multiplicity, fix_modules
         self.secure_mode, self.preflight, self.lost_steps = secure_mode, preflight, lost_steps
         self.unsafe_seed = unsafe_seed
+        check_settings(self, engines=("auto", *ENGINES))
         self.zeroed_examples = 0  # whose gradient was not finite; private, like everything that is counted
         self._ledger = Ledger(target_epsilon)
         self._engine_name, self._processes = "none yet", 1
@@ -231,7 +204,7 @@ class DPSGD(Callback):
             limit_train_batches=trainer.limit_train_batches,
             val_check_interval=trainer.val_check_interval,
         )
-        self._undo.callback(_seams.exchange_train_loader(trainer, lambda loader: self._poisson_loader(trainer, loader)))
+        self._undo.callback(_seams.exchange_train_loader(trainer, lambda loader: self._exchange(trainer, loader)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = True
@@ -262,9 +235,9 @@ class DPSGD(Callback):
             left,
             self.noise_multiplier,
             max_grad_norm=self.max_grad_norm,
-            sample_rate=run.batches.sample_rate,
-            dataset_size=run.dataset_size,
-            delta=self.target_delta or default_delta(run.dataset_size),
+            sample_rate=run.loader.batches.sample_rate,
+            dataset_size=run.loader.public_size,
+            delta=self.target_delta or default_delta(run.loader.public_size),
             accountant=self.accountant,
             noise_schedule=self.noise_schedule,
         )
@@ -281,8 +254,8 @@ class DPSGD(Callback):
         if run.engine is None:  # not before: the module may prepare its first step in hooks of its own
             run.engine = self._attach(trainer, pl_module)
             self._write_certificate(trainer)
-        place, run.examples = run.batches.sizes.popleft()
-        if place != (_seams.micro_batches_begun(trainer) - 1) % run.batches.micro_batches:
+        place, run.examples = run.loader.batches.sizes.popleft()
+        if place != (_seams.micro_batches_begun(trainer) - 1) % run.loader.batches.micro_batches:
             raise RuntimeError("DPSGD: the loop's batches are out of step with the sampler's; please report this")
         if place == 0:
             run.total = None  # of a logical batch that was broken off
@@ -301,7 +274,7 @@ class DPSGD(Callback):
                 "DPSGD: the optimizer computed the gradient of one batch twice (a closure that is called again?): one "
                 "example would count twice. Use an optimizer that calls its closure once"
             )
-        views, k = self.augmentation_multiplicity, run.batches.micro_batches
+        views, k = self.augmentation_multiplicity, run.loader.batches.micro_batches
         examples = max(run.examples, 1)
         found = run.engine.clipped_sum(
             examples,
@@ -448,7 +421,7 @@ class DPSGD(Callback):
             f"active. {budget} at delta {plan.delta:.3g} ({plan.accountant}); noise multiplier "
             f"{plan.noise_multiplier:.4g}, clipping norm {plan.max_grad_norm:g} ({call_text(self.clipping)}), sample "
             f"rate {plan.sample_rate:.4g}: {plan.expected_batch_size:.4g} of {plan.dataset_size} examples a step on "
-            f"average, in {run.batches.micro_batches} micro-batch(es).",
+            f"average, in {run.loader.batches.micro_batches} micro-batch(es).",
         )
         if lost:
             rank_zero_info(f"DPSGD: {lost} steps were made after the checkpoint and lost; they are counted.")
@@ -483,48 +456,23 @@ class DPSGD(Callback):
             run.folder.mkdir(parents=True, exist_ok=True)
             self.certificate().write(run.folder / CERTIFICATE)
 
-    def _poisson_loader(self, trainer: Any, loader: Any) -> PoissonLoader:
-        """The user's train loader, with batches drawn by coin flips; the Trainer counts in micro-batches from here on.
-
-        What the user counts in batches of the loader (limits, intervals of validation) is translated.
-        """
-        run, loader = self._running(), check_loader(loader)
-        size, world = len(loader.dataset), trainer.world_size
-        accumulate, limit = run.accumulate, trainer.limit_train_batches
-        public_size = self.dataset_size or size
-        if self.sample_rate is None:
-            rate = min(1.0, loader.batch_size * accumulate * world / public_size)
-            count = math.floor if loader.drop_last else math.ceil
-            batches = max(1, count(math.ceil(public_size / world) / loader.batch_size))
-            steps = math.ceil(batches / accumulate)
-        else:
-            rate, steps = self.sample_rate, round(1 / self.sample_rate)
-        steps = min(steps, math.ceil(limit / accumulate)) if isinstance(limit, int) else max(1, int(steps * limit))
-        k = accumulate
-        if self.physical_batch_size is not None:
-            examples = self.physical_batch_size // self.augmentation_multiplicity
-            k = micro_batches_for(size, rate, world, examples)
-        interval = trainer.val_check_interval
-        if isinstance(interval, int) and not isinstance(interval, bool):
-            trainer.val_check_interval = math.ceil(interval / accumulate) * k
-        trainer.accumulate_grad_batches, trainer.limit_train_batches = k, 1.0
-        run.batches = PoissonBatches(
-            size,
-            rate,
-            steps,
-            k,
+    def _exchange(self, trainer: Any, loader: Any) -> PoissonLoader:
+        run = self._running()
+        run.loader = poisson_loader(
+            trainer,
+            loader,
+            run.entropy,
+            accumulate=run.accumulate,
+            sample_rate=self.sample_rate,
+            dataset_size=self.dataset_size,
+            physical_batch_size=self.physical_batch_size,
             views=self.augmentation_multiplicity,
-            rank=trainer.global_rank,
-            world=world,
-            entropy=run.entropy,
         )
-        run.dataset_size, run.loader = public_size, loader
-        return PoissonLoader(loader, run.batches, lambda: _seams.micro_batches_begun(trainer) % k)
+        return run.loader
 
     def _attach(self, trainer: Any, module: pl.LightningModule) -> Engine:
         """Take the first of the engines that is exact for this module and its training step."""
         run = self._running()
-        names = {p: n for n, p in module.named_parameters()}
         with preserved_rng(module.device):  # a dataset that augments draws from the global generators
             size = len(run.loader.dataset)
             pool = [run.loader.dataset[int(i)] for i in np.linspace(0, size - 1, min(POOL, size)).round()]
@@ -536,8 +484,7 @@ class DPSGD(Callback):
                     undo.callback(_restore, run, engine=None)
                     undo.callback(run.engine.close)
                     if self.preflight:
-                        probe = StepProbe(trainer, module, run.loader.collate_fn, run.engine)
-                        check(probe, pool, [names[p] for p in run.parameters], _tolerance(run.parameters))
+                        check_step(StepProbe(trainer, module, run.loader.collate_fn, run.engine), pool)
                 except (UnsupportedLayer, RowsMismatch, GuaranteeVoid) as error:
                     if str(error) not in reasons:
                         reasons.append(str(error))
@@ -565,8 +512,6 @@ class _Run:
     entropy: Entropy
     accumulate: int  # as the user asked for
     loader: Any = None
-    batches: Any = None
-    dataset_size: int = 0
     folder: Path | None = None
     parameters: list[nn.Parameter] = field(default_factory=list)
     engine: Any = None
@@ -594,24 +539,3 @@ def _beside_checkpoints(trainer: Any) -> Path | None:
     """Where the first checkpoint callback writes, if one does."""
     folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     return next((Path(folder) for folder in folders if folder), None)
-
-
-def _tolerance(parameters: Sequence[Tensor]) -> float:
-    """Relative error of gradients that is put down to rounding."""
-    return max(1e-3, *(20 * torch.finfo(p.dtype).eps for p in parameters))
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-
-
-def _finite(value: Any) -> bool:
-    return _number(value) and math.isfinite(value)
-
-
-def _positive(value: Any) -> bool:
-    return _finite(value) and value > 0
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -95,10 +95,13 @@ def prv_epsilon(history: Sequence[tuple[float, float, int]], delta: float, error
 @lru_cache(maxsize=256)
 def rdp_curve(noise_multiplier: float, sample_rate: float) -> tuple[float, ...]:
     """Rényi divergence of one step at each of ``ORDERS``; that of several steps is the sum."""
-    with _quiet():
-        curve = _analysis("rdp").compute_rdp(
-            q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=list(ORDERS)
-        )
+    try:
+        with _quiet():
+            curve = _analysis("rdp").compute_rdp(
+                q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=list(ORDERS)
+            )
+    except ValueError as failure:  # a logarithm of what rounding made negative
+        raise ArithmeticError(" ".join(str(failure).split())[:200]) from failure
     return tuple(max(0.0, float(value)) for value in curve)  # a divergence near zero may come out below it
 
 
@@ -112,9 +115,7 @@ def gdp_mu(noise_multiplier: float, sample_rate: float, steps: int) -> float:
     """Parameter of the Gaussian mechanism that many steps tend to, by the central limit theorem."""
     with _quiet():
         return float(
-            _analysis("gdp").compute_mu_poisson(
-                steps=steps, noise_multiplier=noise_multiplier, sample_rate=sample_rate
-            )
+            _analysis("gdp").compute_mu_poisson(steps=steps, noise_multiplier=noise_multiplier, sample_rate=sample_rate)
         )
 
 

@@ -7,7 +7,7 @@ not; the bounds hold whichever of the two a run was made on. Nothing here import
 
 Three accountants, all of them Opacus':
 
-* ``"prv"`` (the default): an upper bound by numerical composition, tight to 1 % of epsilon.
+* ``"prv"`` (the default): an upper bound by numerical composition, tight to about 1 % of epsilon.
 * ``"rdp"``: an upper bound by Rényi divergences; 5 to 20 % looser, instant, and without numerical limits.
 * ``"gdp"``: an approximation by the central limit theorem, not a bound: the truth may be higher.
 """
@@ -15,11 +15,11 @@ Three accountants, all of them Opacus':
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import TypeAlias
 
-from robust_train.privacy import _opacus
+from robust_train.privacy import _accountants
+from robust_train.privacy._search import largest
 
 Segment: TypeAlias = tuple[float, float, int]
 
@@ -28,12 +28,8 @@ STEP_LIMIT = 1_000_000  # more steps than this are never promised at once
 TOLERANCE = 1e-3  # of the target, that calibrated noise may leave unspent
 LARGEST_NOISE = 1e6
 
-# PRV adds densities in double precision. Errors of up to 1.4 times steps * 2**-52 in delta were measured against the
-# Gaussian mechanism's closed form; an allowance of 4 is taken off delta beforehand, and may not eat more than a quarter.
-_ROUNDING = 4 * 2.0**-52
 # RDP is above PRV, GDP as a rule below it: where they say that a budget ends, the search with PRV begins.
 _INSTANT = ("rdp", "gdp")
-_LARGEST_GRID = 2**23  # points: a few seconds, less than 1 GB
 
 
 class AccountingError(ValueError):
@@ -59,10 +55,10 @@ def epsilon(history: Sequence[Segment], delta: float, accountant: str = "prv") -
         AccountingError: the accountant's numerics end here. There is no silent change to another accountant.
 
     Guarantees:
-        With ``"prv"`` and ``"rdp"``, the result is at least the true epsilon of the history. PRV exceeds it by at most
-        1 % for epsilon from 0.2 to 1, by 0.002 below, by 0.01 up to epsilon 10 and 0.1 % above, and by what delta's
-        allowance for rounding costs (nothing to speak of where ``steps <= 1e13 * delta``). The order of the segments
-        does not matter.
+        With ``"prv"`` and ``"rdp"``, the result is at least the true epsilon of the history. PRV exceeds it by
+        about 1 %, but by 0.002 at least and (up to epsilon 10) 0.01 at most, above that by 0.1 %; and by what delta's
+        allowance for rounding costs, which is little where ``steps <= 1e13 * delta``. The order of the segments does
+        not matter.
 
     Reference:
         Gopi, Lee & Wutschitz, "Numerical Composition of Differential Privacy", 2021 (PRV); Mironov, Talwar & Zhang,
@@ -73,17 +69,19 @@ def epsilon(history: Sequence[Segment], delta: float, accountant: str = "prv") -
         raise ValueError(f"accountant must be one of {', '.join(ACCOUNTANTS)}, got {accountant!r}")
     if not 0 < delta < 1:
         raise ValueError(f"delta must be in (0, 1), got {delta}")
-    segments_ = merge(history)
-    if not segments_:
+    found = merge(history)
+    if not found:
         return 0.0
-    if any(noise == 0 for noise, _, _ in segments_):
+    if any(noise == 0 for noise, _, _ in found):
         return math.inf
     try:
-        return {"prv": _prv, "rdp": _rdp, "gdp": _gdp}[accountant](segments_, float(delta))
+        return {"prv": _accountants.prv, "rdp": _accountants.rdp, "gdp": _accountants.gdp}[accountant](
+            found, float(delta)
+        )
     except ArithmeticError as error:
         cure = "noise_multiplier is far too small for privacy" if accountant == "rdp" else 'use accountant="rdp"'
-        shown = ", ".join(f"{steps} steps at sigma {noise:.6g} and q {rate:.6g}" for noise, rate, steps in segments_[:3])
-        more = f" and {len(segments_) - 3} more segments" if len(segments_) > 3 else ""
+        shown = ", ".join(f"{steps} steps at sigma {noise:.6g} and q {rate:.6g}" for noise, rate, steps in found[:3])
+        more = f" and {len(found) - 3} more segments" if len(found) > 3 else ""
         raise AccountingError(
             f'accountant="{accountant}" cannot tell epsilon of {shown}{more} at delta {delta:.6g} ({error}); {cure}'
         ) from error
@@ -120,43 +118,6 @@ def prefix(history: Sequence[Segment], steps: int) -> list[Segment]:
         found.append((noise, rate, min(n, steps)))
         steps -= n
     return found
-
-
-@lru_cache(maxsize=512)
-def _prv(history: tuple[Segment, ...], delta: float) -> float:
-    steps = sum(n for _, _, n in history)
-    rounding = _ROUNDING * steps
-    if rounding > delta / 4:
-        raise ArithmeticError(f"so many steps lose a delta below {4 * rounding:.2g} to rounding")
-    loose = _rdp(history, delta)
-    error = min(max(0.01 * loose, 0.002), 0.01) if loose <= 10 else 0.001 * loose
-    # The grid that Opacus is about to make: wide enough for the tail of delta, fine enough for the error.
-    tail = delta / 1000
-    reach = max(_rdp(history, tail / 4), *(_rdp(((s, q, 1),), tail / (8 * steps)) for s, q, _ in history)) + 3
-    points = 2 * reach / error * math.sqrt(steps * math.log(12 / tail) / 2)
-    if points > _LARGEST_GRID:
-        raise ArithmeticError(f"it would take a grid of {points:.1g} points")
-    value = _opacus.prv_epsilon(history, delta - rounding, error)
-    if value > loose + 2 * error + 0.01 * loose:  # two upper bounds, of which this is the tight one
-        raise ArithmeticError(f"{value:.6g} is above the looser bound {loose:.6g}")
-    return max(0.0, value)
-
-
-def _rdp(history: tuple[Segment, ...], delta: float) -> float:
-    total = [0.0] * len(_opacus.ORDERS)
-    for noise, rate, steps in history:
-        total = [t + steps * c for t, c in zip(total, _opacus.rdp_curve(noise, rate), strict=True)]
-    value = _opacus.rdp_epsilon(total, delta)
-    if not math.isfinite(value):
-        raise ArithmeticError(f"the result is {value}")
-    return max(0.0, value)
-
-
-def _gdp(history: tuple[Segment, ...], delta: float) -> float:
-    mu = math.hypot(*(_opacus.gdp_mu(noise, rate, steps) for noise, rate, steps in history))
-    if not math.isfinite(mu):
-        raise ArithmeticError(f"the Gaussian limit's parameter is {mu}")
-    return _opacus.gdp_epsilon(mu, delta)
 
 
 # --- planning -----------------------------------------------------------------------------------------------------
@@ -240,8 +201,8 @@ def max_steps(
     _check_target(target_epsilon)
     history = list(spent)
 
-    def cost(n: int) -> float:
-        steps = segments(noise_multiplier, sample_rate, from_step, from_step + n, noise_schedule, planned_steps)
+    def cost(n: float) -> float:
+        steps = segments(noise_multiplier, sample_rate, from_step, from_step + int(n), noise_schedule, planned_steps)
         try:
             return epsilon([*history, *steps], delta, accountant)
         except AccountingError:
@@ -257,9 +218,10 @@ def max_steps(
             for instant in _INSTANT
         )
     return int(
-        _largest(
+        largest(
             cost,
             target_epsilon,
+            aim=target_epsilon,
             guess=max(1, guess),
             between=(0, STEP_LIMIT + 1),
             settled=lambda fits, over: over[0] - fits[0] <= 1,
@@ -329,9 +291,10 @@ def calibrate(
             args = (target_epsilon, delta, sample_rate, steps)
             guess = min(calibrate(*args, instant, history, noise_schedule) for instant in _INSTANT)
     enough, least = target_epsilon * (1 - TOLERANCE), 1 / LARGEST_NOISE
-    x = _largest(
+    x = largest(
         cost_of_inverse,
         target_epsilon,
+        aim=target_epsilon * (1 - TOLERANCE / 2),
         guess=1 / guess,
         between=(least, math.inf),
         settled=lambda fits, over: fits[1] >= enough or over[0] <= fits[0] * (1 + 1e-5),
@@ -341,68 +304,6 @@ def calibrate(
     if failures:
         raise failures[-1]
     raise ValueError(f"target_epsilon={target_epsilon:g} cannot be reached: no amount of noise brings epsilon below it")
-
-
-Point: TypeAlias = tuple[float, float]  # an argument and its cost
-
-
-def _largest(
-    cost: Callable[[float], float],
-    target: float,
-    *,
-    guess: float,
-    between: tuple[float, float],
-    settled: Callable[[Point, Point], bool],
-    whole: bool = False,
-) -> float:
-    """The largest argument at which a rising function is at most ``target``, in few calls.
-
-    Costs here are close to powers of the argument, so the next argument is where the power law through the last two
-    points meets the target, as long as that lies between what fits and what does not.
-
-    Args:
-        cost: the function; ``inf`` where it has no value.
-        target: what it may reach.
-        guess: where to begin.
-        between: open interval of the arguments; its lower end is taken to fit, its upper end not to.
-        settled: whether the largest argument that fits and the smallest that does not are close enough.
-        whole: try whole numbers only.
-
-    Returns:
-        An argument that was tried and fits, or the lower end where none did.
-    """
-    floor, limit = between
-    fits, over, before = (floor, 0.0), (limit, math.inf), None
-    aim = target if whole else target * (1 - TOLERANCE / 2)
-    x, tries = guess, 0
-    while tries < 200 and not settled(fits, over):
-        if whole:
-            x = min(max(math.floor(x), fits[0] + 1), over[0] - 1)
-        elif x <= floor:
-            break
-        here, tries = (x, cost(x)), tries + 1
-        if here[1] <= target:
-            fits = here
-        else:
-            over = here
-        stride = _stride(before, here, aim)
-        if fits[0] > floor and over[0] < limit:
-            x *= math.exp(min(max(stride, -4.0), 4.0))
-            if not fits[0] < x < over[0] or tries % 8 == 0:
-                x = math.sqrt(fits[0] * over[0])
-        else:
-            if stride * (1 if here is fits else -1) <= 0:  # no law to go by: ever longer strides
-                stride = tries * math.log(aim / min(max(here[1], aim / 64), 64 * aim))
-            x *= math.exp(min(max(1.1 * stride, -4.0), 4.0))  # rather too far than not far enough
-        before = here
-    return fits[0]
-
-
-def _stride(before: Point | None, here: Point, aim: float) -> float:
-    """Logarithm of the factor from ``here`` to where the power law through two points meets ``aim``; or else 0."""
-    if before is None or not (0 < before[1] < math.inf and 0 < here[1] < math.inf) or before[1] == here[1]:
-        return 0.0
-    return math.log(aim / here[1]) * math.log(here[0] / before[0]) / math.log(here[1] / before[1])
 
 
 def _check_target(target_epsilon: float) -> None:

@@ -165,9 +165,8 @@ class Certificate:
             may round differently) is not right; neither is one whose history has a step without noise, or one above
             its target.
         """
-        if self.void:
+        if self.epsilon is None:
             return Verdict(True, None, f"void, and says so: {'; '.join(self.void)}")
-        assert self.epsilon is not None
         try:
             found = accounting.epsilon(self.history, self.delta, self.accountant)
         except AccountingError as error:
@@ -215,7 +214,9 @@ class Certificate:
         if not isinstance(state, dict) or state.get("schema") != SCHEMA:
             raise ValueError(f"this is no privacy certificate (its schema is not {SCHEMA})")
         if state.get("version") != VERSION:
-            raise ValueError(f"version {state.get('version')!r} of the certificate's format is not known, only {VERSION}")
+            raise ValueError(
+                f"version {state.get('version')!r} of the certificate's format is not known, only {VERSION}"
+            )
         own = {f.name: f.type for f in fields(cls)}
         if missing := [name for name in own if name not in state]:
             raise ValueError(f"the certificate lacks {', '.join(missing)}")

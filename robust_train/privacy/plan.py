@@ -156,7 +156,7 @@ class PrivacyPlan:
             ("epochs / 2", own, {"steps": max(1, self.steps // 2)}),
             ("epochs x 2", own, {"steps": 2 * self.steps}),
         ]
-        rows = [("this plan", own, self)]
+        rows: list[tuple[str, float, PrivacyPlan]] = [("this plan", own, self)]
         for change, target, settings in wanted:
             other = replace(self, **settings)
             try:
