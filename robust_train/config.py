@@ -117,7 +117,8 @@ def recipe(name: str, *overrides: str, allow: Sequence[str] = ()) -> list[Any]:
     GlobalHydra.instance().clear()
     try:
         with initialize(config_path=None, version_base="1.3"):
-            config = compose(overrides=[mounts, f"+recipe={name}", *overrides])
+            # a recipe may choose a model, for which there has to be one to choose; it is not built
+            config = compose(overrides=[mounts, "+model=small_cnn", f"+recipe={name}", *overrides])
     except (HydraException, OmegaConfBaseException) as cause:
         raise ConfigError(f"recipe {name!r}: {_one_line(cause)}") from cause
     finally:

@@ -41,7 +41,8 @@ def run(monkeypatch, folder: Path, *arguments: str) -> Path:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_runs(recipe, monkeypatch, tmp_path):
     pytest.importorskip("torchattacks")
-    out = run(monkeypatch, tmp_path, f"recipe={recipe}", "trainer.fast_dev_run=true", *SMALL)
+    small = [o for o in SMALL if recipe != "dp_scatter" or not o.startswith("model.")]  # it brings a model of its own
+    out = run(monkeypatch, tmp_path, f"recipe={recipe}", "trainer.fast_dev_run=true", *small)
     assert set(json.loads((out / "result.json").read_text())["results"]) == {recipe}
 
 

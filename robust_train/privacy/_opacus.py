@@ -131,4 +131,4 @@ def gdp_epsilon(mu: float, delta: float) -> float:
                 return 0.0
             return float(_analysis("gdp").eps_from_mu(mu=mu, delta=delta))
     except (ValueError, ArithmeticError) as failure:
-        raise ArithmeticError(" ".join(str(failure).split())[:200]) from failure
+        raise ArithmeticError("it is above 500") from failure
