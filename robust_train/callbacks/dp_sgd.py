@@ -207,6 +207,8 @@ class DPSGD(Callback):
         self._undo.callback(_seams.exchange_train_loader(trainer, lambda loader: self._exchange(trainer, loader)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._run is None and self._ledger.history:
+            return  # an older checkpoint is evaluated after training: what was released since stays released
         self._resumed = True
         self._ledger.load(state_dict["ledger"])
 

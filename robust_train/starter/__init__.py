@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .mlp import MLP as MLP
     from .small_cnn import SmallCNN as SmallCNN
     from .small_resnet import SmallResNet as SmallResNet
+    from .tanh_cnn import TanhCNN as TanhCNN
+    from .wavelets import WaveletFeatures as WaveletFeatures
+    from .wavelets import WaveletLinear as WaveletLinear
 
 _HOME = {
     "Classifier": "classifier",
@@ -23,6 +26,9 @@ _HOME = {
     "MLP": "mlp",
     "SmallCNN": "small_cnn",
     "SmallResNet": "small_resnet",
+    "TanhCNN": "tanh_cnn",
+    "WaveletFeatures": "wavelets",
+    "WaveletLinear": "wavelets",
 }
 
 

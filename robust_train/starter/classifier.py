@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 
 
 class Classifier(pl.LightningModule):
-    """Cross-entropy, AdamW, and the metrics ``{train,val,test}/{loss,acc}``.
+    """Cross-entropy, AdamW or SGD, and the metrics ``{train,val,test}/{loss,acc}``.
 
     The network is an argument and not a saved hyperparameter: a checkpoint holds its weights, never a pickled module.
     Load one with ``Classifier.load_from_checkpoint(path, network=...)``.
@@ -20,11 +20,13 @@ class Classifier(pl.LightningModule):
     Args:
         network: maps ``x`` of shape ``(B, ...)`` to logits of shape ``(B, classes)``.
         lr: learning rate; with a schedule its highest value.
-        weight_decay: AdamW's decoupled weight decay.
+        weight_decay: AdamW's decoupled weight decay, or SGD's, which is L2 regularisation.
         schedule: ``"none"``, ``"cosine"`` (from ``lr`` down to 0) or ``"onecycle"`` (up to ``lr`` and down again). Both
             are stretched over the run, however long the Trainer makes it.
         label_smoothing: share of the target that is spread over all classes; training only, so that ``val/loss`` stays
             comparable between runs.
+        optimizer: ``"adamw"`` or ``"sgd"``.
+        momentum: SGD's heavy-ball momentum; AdamW has its own.
 
     Raises:
         ValueError: a setting is out of range, or a schedule is asked for in a run without an end.
@@ -37,6 +39,8 @@ class Classifier(pl.LightningModule):
         weight_decay: float = 0.0,
         schedule: Literal["none", "cosine", "onecycle"] = "none",
         label_smoothing: float = 0.0,
+        optimizer: Literal["adamw", "sgd"] = "adamw",
+        momentum: float = 0.0,
     ) -> None:
         super().__init__()
         if lr <= 0:
@@ -47,12 +51,18 @@ class Classifier(pl.LightningModule):
             raise ValueError(f"schedule must be none, cosine or onecycle, got {schedule!r}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        if optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer must be adamw or sgd, got {optimizer!r}")
+        if not 0 <= momentum < 1 or (momentum and optimizer != "sgd"):
+            raise ValueError(f"momentum must be in [0, 1), and 0 unless optimizer is sgd, got {momentum}")
         self.save_hyperparameters(ignore=["network"])
         self.network = network
         self.lr = lr
         self.weight_decay = weight_decay
         self.schedule = schedule
         self.label_smoothing = label_smoothing
+        self.optimizer = optimizer
+        self.momentum = momentum
         self.train_acc, self.val_acc, self.test_acc = MeanMetric(), MeanMetric(), MeanMetric()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,7 +86,11 @@ class Classifier(pl.LightningModule):
         self._log("test", self.test_acc, cross_entropy(logits, y), logits, y)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        weights, lr, decay = self.parameters(), self.lr, self.weight_decay
+        if self.optimizer == "sgd":
+            optimizer = torch.optim.SGD(weights, lr=lr, momentum=self.momentum, weight_decay=decay)
+        else:
+            optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=decay)
         if self.schedule == "none":
             return optimizer
         steps = self.trainer.estimated_stepping_batches
@@ -87,7 +101,10 @@ class Classifier(pl.LightningModule):
         if self.schedule == "cosine":
             scheduler = CosineAnnealingLR(optimizer, T_max=int(steps))
         else:
-            scheduler = OneCycleLR(optimizer, max_lr=self.lr, total_steps=int(steps))
+            # The momentum asked for stays as it is; AdamW's has always gone down and up with the learning rate.
+            scheduler = OneCycleLR(
+                optimizer, max_lr=self.lr, total_steps=int(steps), cycle_momentum=self.optimizer == "adamw"
+            )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _log(self, stage: str, accuracy: MeanMetric, loss: Tensor, logits: Tensor, y: Tensor) -> None:

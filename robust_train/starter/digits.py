@@ -4,7 +4,10 @@ import pytorch_lightning as pl
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from .once import apply_once
 
 
 class Digits(pl.LightningDataModule):
@@ -17,18 +20,22 @@ class Digits(pl.LightningDataModule):
         seed: decides which example belongs to which split, and nothing else; independent of the global seed, so that
             runs with different seeds are measured on the same test set.
         num_workers: processes that load data; the whole set lies in memory, so none is usually fastest.
+        features: as in :class:`~robust_train.starter.fashion_mnist.FashionMNIST`.
 
     Reference:
         Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
     """
 
-    def __init__(self, batch_size: int = 64, seed: int = 0, num_workers: int = 0) -> None:
+    def __init__(
+        self, batch_size: int = 64, seed: int = 0, num_workers: int = 0, features: nn.Module | None = None
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
+        self.features = features
 
     def setup(self, stage: str | None = None) -> None:
         pixels, labels = load_digits(return_X_y=True)
@@ -38,6 +45,8 @@ class Digits(pl.LightningDataModule):
         rest, test = train_test_split(range(len(y)), test_size=0.25, stratify=y, random_state=self.seed)
         train, val = train_test_split(rest, test_size=0.2, stratify=y[rest], random_state=self.seed)
         self.train, self.val, self.test = (TensorDataset(x[part], y[part]) for part in (train, val, test))
+        if self.features is not None:
+            self.train = TensorDataset(apply_once(self.features, x[train]), y[train])
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train, shuffle=True)

@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from .once import apply_once
 
 CLASSES = (
     "T-shirt/top",
@@ -98,9 +101,12 @@ class FashionMNIST(pl.LightningDataModule):
             (``root/FashionMNIST/raw``). The default is where Debian's package ``dataset-fashion-mnist`` puts them. If
             ``root`` has none and torchvision is installed, torchvision downloads them into torch's cache folder.
         batch_size: examples in a batch, for all three splits.
-        val_size: how many training images are held out for validation.
+        val_size: how many training images are held out for validation; with 0 there is no validation.
         seed: decides which these are, and nothing else; independent of the global seed.
         num_workers: processes that load data.
+        features: a module without anything to train, such as ``WaveletFeatures``, which is applied to the training
+            images once: training batches then hold what it returns. The other splits remain images, so that whatever is
+            measured on them is measured in pixels.
 
     Raises:
         FileNotFoundError: the files are nowhere to be found; says how to get them.
@@ -117,15 +123,17 @@ class FashionMNIST(pl.LightningDataModule):
         val_size: int = 5000,
         seed: int = 0,
         num_workers: int = 0,
+        features: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or val_size < 1:
-            raise ValueError(f"batch_size and val_size must be >= 1, got {batch_size} and {val_size}")
+        if batch_size < 1 or val_size < 0:
+            raise ValueError(f"batch_size must be >= 1 and val_size >= 0, got {batch_size} and {val_size}")
         self.root = root
         self.batch_size = batch_size
         self.val_size = val_size
         self.seed = seed
         self.num_workers = num_workers
+        self.features = features
 
     def prepare_data(self) -> None:
         if self._folder() is not None:
@@ -149,15 +157,16 @@ class FashionMNIST(pl.LightningDataModule):
                 raise ValueError(f"val_size={self.val_size} leaves none of the {len(y)} images to train on")
             order = torch.randperm(len(y), generator=torch.Generator().manual_seed(self.seed))
             val, train = order[: self.val_size], order[self.val_size :]
-            self.train, self.val = TensorDataset(x[train], y[train]), TensorDataset(x[val], y[val])
+            inputs = x[train] if self.features is None else apply_once(self.features, x[train])
+            self.train, self.val = TensorDataset(inputs, y[train]), TensorDataset(x[val], y[val])
         if stage in ("test", "predict", None):
             self.test = read_split(folder, "t10k")
 
     def train_dataloader(self) -> DataLoader:
         return self._loader(self.train, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader:
-        return self._loader(self.val)
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self._loader(self.val) if self.val_size else []
 
     def test_dataloader(self) -> DataLoader:
         return self._loader(self.test)

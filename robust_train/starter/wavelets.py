@@ -16,7 +16,7 @@ class WaveletFeatures(nn.Module):
     """A scattering transform of two layers, as logarithms, with every image normalised by itself.
 
     With Morlet wavelets ``psi[j, t]`` of scale ``2**j`` and orientation ``t``, and Gaussian windows that pool what has
-    scale ``j`` to ``grids[j]`` by ``grids[j]`` numbers, an image ``x`` turns into five blocks:
+    scale ``j`` to one number for every ``2 * 2**j`` pixels of a side, an image ``x`` turns into five blocks:
 
     * pixels: ``x``;
     * order 0: ``log(pool(x))``;
@@ -30,9 +30,10 @@ class WaveletFeatures(nn.Module):
     there are no parameters, no checkpoint holds the filters, and training on features is as private as on images.
 
     Args:
-        shape: shape ``(C, H, W)`` of an image with ``H == W`` and pixels in [0, 1]; each channel is treated by itself.
+        shape: shape ``(C, H, W)`` of an image with pixels in [0, 1]; each channel is treated by itself.
         orientations: how many directions the wavelets have.
-        grids: one number for each scale, the finest first.
+        scales: how many scales they have; None takes all whose wavelets are no wider than the image, which are three
+            for 28 pixels and two for 8.
         weights: weights of the five blocks in the order above; 0 leaves a block out.
 
     Shapes:
@@ -50,31 +51,31 @@ class WaveletFeatures(nn.Module):
         self,
         shape: Sequence[int] = (1, 28, 28),
         orientations: int = 6,
-        grids: Sequence[int] = (14, 7, 4),
+        scales: int | None = None,
         weights: Sequence[float] = (0.5, 1.0, 1.5, 1.0, 0.5),
     ) -> None:
         super().__init__()
-        if len(shape) != 3 or shape[0] < 1 or shape[1] != shape[2]:
-            raise ValueError(f"shape must be (C, H, W) with H == W, got {tuple(shape)}")
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"shape must be (C, H, W), got {tuple(shape)}")
+        most = min(shape[1:]).bit_length() - 2
+        scales = most if scales is None else scales
+        if not 1 <= scales <= most:
+            raise ValueError(f"scales must be between 1 and {most} for images of shape {tuple(shape)}, got {scales}")
         if orientations < 1:
             raise ValueError(f"orientations must be >= 1, got {orientations}")
         if len(weights) != 5 or min(weights) < 0 or max(weights) == 0:
             raise ValueError(f"weights must be five numbers >= 0, not all of them 0, got {tuple(weights)}")
-        size = shape[1]
-        if not grids or not all(2 <= grid <= size for grid in grids):
-            raise ValueError(f"grids must be numbers between 2 and the {size} pixels of a side, got {tuple(grids)}")
-        if _reach(len(grids) - 1) >= size:
-            raise ValueError(f"{len(grids)} scales are too many for images of {size} pixels a side: shorten grids")
         self.shape, self.orientations = tuple(shape), orientations
-        self.grids, self.weights = tuple(grids), tuple(weights)
-        for j, grid in enumerate(grids):
+        self.scales, self.weights = scales, tuple(weights)
+        for j in range(scales):
             self.register_buffer(f"wavelets_{j}", morlet(j, orientations), persistent=False)
-            self.register_buffer(f"windows_{j}", gaussian_windows(size, 2**j, grid), persistent=False)
+            self.register_buffer(f"rows_{j}", gaussian_windows(shape[1], j), persistent=False)
+            self.register_buffer(f"columns_{j}", gaussian_windows(shape[2], j), persistent=False)
         with torch.no_grad():
             self.dim = self(torch.zeros(1, *shape)).shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        scales = range(len(self.grids))
+        scales = range(self.scales)
         moduli = [self._modulus(x, j) for j in scales]
         orders = [[self._log_pool(x, 0)], [self._log_pool(moduli[j], j) for j in scales], []]
         for j in scales:
@@ -99,8 +100,8 @@ class WaveletFeatures(nn.Module):
         return (real.square() + imaginary.square() + 1e-12).sqrt().unflatten(0, maps.shape[:2]).flatten(1, 2)
 
     def _log_pool(self, maps: Tensor, scale: int) -> Tensor:
-        windows = self.get_buffer(f"windows_{scale}")
-        return (windows @ maps @ windows.T).clamp(min=0).add(FLOOR).log()
+        rows, columns = self.get_buffer(f"rows_{scale}"), self.get_buffer(f"columns_{scale}")
+        return (rows @ maps @ columns.T).clamp(min=0).add(FLOOR).log()
 
 
 class WaveletLinear(nn.Module):
@@ -109,28 +110,18 @@ class WaveletLinear(nn.Module):
     The layer starts at zero: all classes are equally likely, and two runs differ by their data and noise alone.
 
     Args:
-        shape: shape of one image.
+        features: what the layer sees of an image.
         classes: how many logits to return.
-        orientations: as in :class:`WaveletFeatures`.
-        grids: likewise.
-        weights: likewise.
 
     Shapes:
-        ``x: (B, C, H, W)`` images, or ``(B, dim)`` what ``self.features`` made of them: whatever has two dimensions is
-        taken for features. Returns ``(B, classes)``.
+        ``x: (B, C, H, W)`` images, or ``(B, features.dim)`` what ``features`` made of them: whatever has two dimensions
+        is taken for features. Returns ``(B, classes)``.
     """
 
-    def __init__(
-        self,
-        shape: Sequence[int] = (1, 28, 28),
-        classes: int = 10,
-        orientations: int = 6,
-        grids: Sequence[int] = (14, 7, 4),
-        weights: Sequence[float] = (0.5, 1.0, 1.5, 1.0, 0.5),
-    ) -> None:
+    def __init__(self, features: WaveletFeatures, classes: int = 10) -> None:
         super().__init__()
-        self.features = WaveletFeatures(shape, orientations, grids, weights)
-        self.head = nn.Linear(self.features.dim, classes)
+        self.features = features
+        self.head = nn.Linear(features.dim, classes)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -160,13 +151,14 @@ def morlet(scale: int, orientations: int) -> Tensor:
     return torch.cat([wave.real, wave.imag]).float().unsqueeze(1)
 
 
-def gaussian_windows(size: int, step: int, grid: int) -> Tensor:
-    """Weights that average every ``step``-th of ``size`` pixels around each of ``grid`` equally spread centres.
+def gaussian_windows(size: int, scale: int) -> Tensor:
+    """Weights that pool every ``2**scale``-th of ``size`` pixels to one number for every ``2 * 2**scale``.
 
     Returns:
-        ``(grid, ceil(size / step))``, rows that add up to 1.
+        ``(ceil(size / (2 * 2**scale)), ceil(size / 2**scale))``, rows that add up to 1.
     """
-    pixels = torch.arange(0, size, step, dtype=torch.float64)
+    pixels = torch.arange(0, size, 2**scale, dtype=torch.float64)
+    grid = -(-size // 2 ** (scale + 1))
     spacing = size / grid
     centres = (torch.arange(grid, dtype=torch.float64) + 0.5) * spacing - 0.5
     logits = -((pixels - centres.unsqueeze(1)) / (SPREAD * spacing)).square() / 2

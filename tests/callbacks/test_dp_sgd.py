@@ -464,6 +464,15 @@ def test_a_missing_journal_is_an_error_with_a_way_out(tmp_path):
     assert third.history == [(1.0, BATCH / N, 4 + 2 + 6)]
 
 
+def test_evaluating_an_older_checkpoint_takes_nothing_back(tmp_path):
+    callback = DPSGD(noise_multiplier=1.0, accountant="rdp")
+    module, trainer = train(callback, saving(tmp_path), max_epochs=2, enable_checkpointing=True)
+    spent = callback.epsilon()
+    trainer.validate(module, loader(shuffle=False), ckpt_path=tmp_path / "step=2.ckpt", verbose=False)
+    assert callback.epsilon() == spent
+    assert sum(n for *_, n in callback.history) == 10
+
+
 def test_a_checkpoint_of_another_kind_of_training_is_refused(tmp_path):
     train(saving(tmp_path), enable_checkpointing=True)
     with pytest.raises(ValueError, match="was not trained with DPSGD"):
@@ -477,6 +486,22 @@ def test_changed_settings_recalibrate_to_what_is_left(tmp_path):
     assert len(second.history) == 2
     assert sum(n for *_, n in second.history) == 20
     assert 3.8 < second.epsilon() <= 4.0
+
+
+def test_the_certificate_lies_in_the_run_folder_and_can_be_checked(tmp_path):
+    from robust_train.privacy.certificate import Certificate
+
+    callback = DPSGD(target_epsilon=3.0, accountant="rdp")
+    train(callback, max_epochs=2, default_root_dir=tmp_path / "run")
+    found = Certificate.read(tmp_path / "run" / "privacy_certificate.json")
+    assert found.epsilon == callback.epsilon()
+    assert found.verify().right
+    assert found.steps == 10
+    assert found.engine == "book_keeping"
+    assert any("read from the train loader" in assumption for assumption in found.assumptions)
+    with pytest.warns(UserWarning, match="void: unsafe_seed"):
+        train(DPSGD(noise_multiplier=1.0, unsafe_seed=1), max_epochs=1, default_root_dir=tmp_path / "void")
+    assert Certificate.read(tmp_path / "void" / "privacy_certificate.json").epsilon is None
 
 
 @pytest.mark.parametrize("fails", [False, True])
