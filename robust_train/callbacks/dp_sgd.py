@@ -17,6 +17,14 @@ from torch import Tensor, nn
 from robust_train.callbacks import _seams
 from robust_train.callbacks._callback import Callback, call_text, plain
 from robust_train.callbacks._dp_refusals import check_settings, refuse_what_cannot_work
+from robust_train.callbacks._dp_run import (
+    assumptions,
+    beside_checkpoints,
+    plan_text,
+    reasons_void,
+    recover_history,
+    run_folder,
+)
 from robust_train.callbacks._poisson import PoissonLoader, poisson_loader
 from robust_train.callbacks._probe import StepProbe, check_step
 from robust_train.evasion.randomness import preserved_rng
@@ -230,8 +238,8 @@ class DPSGD(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         run, ledger = self._running(), self._ledger
         run.parameters = _trained(trainer.optimizers[0])
-        run.folder = _folder(trainer)
-        lost = self._recover(trainer)
+        run.folder = run_folder(trainer)
+        lost = recover_history(trainer, ledger, self.lost_steps)
         left = trainer.estimated_stepping_batches - trainer.global_step
         ledger.make_plan(
             left,
@@ -247,7 +255,16 @@ class DPSGD(Callback):
             self._undo.callback(_seams.stop_after(trainer, trainer.global_step + int(ledger.allowed)))
         if self._resumed and trainer.is_global_zero:
             ledger.open_journal()
-        self._say_what_is_planned(trainer, left, lost)
+        self.announce(trainer, plan_text(self, ledger.planned, run.loader.batches.micro_batches))
+        if lost:
+            rank_zero_info(f"DPSGD: {lost} steps were made after the checkpoint and lost; they are counted.")
+        if ledger.allowed < left < math.inf:
+            rank_zero_warn(
+                f"DPSGD: the budget allows {ledger.allowed} more steps, fewer than the {left} that the run asks for; "
+                "training stops when it is spent."
+            )
+        for reason in reasons_void(self):
+            rank_zero_warn(f"DPSGD: the certificate is void: {reason}.")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -351,7 +368,7 @@ class DPSGD(Callback):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         run = self._run
         if run is not None and run.folder is not None and trainer.is_global_zero:
-            self._ledger.open_journal(_beside_checkpoints(trainer) or run.folder)  # from here on a crash can be resumed
+            self._ledger.open_journal(beside_checkpoints(trainer) or run.folder)  # from here on a crash can be resumed
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def state(self) -> dict[str, Any]:
@@ -388,8 +405,8 @@ class DPSGD(Callback):
             clipping=call_text(self.clipping),
             engine=self._engine_name,
             target_epsilon=self.target_epsilon,
-            void=self._void(),
-            assumptions=self._assumptions(),
+            void=reasons_void(self),
+            assumptions=assumptions(self, self._processes),
         )
 
     # --- work ------------------------------------------------------------------------------------------------------
@@ -398,59 +415,6 @@ class DPSGD(Callback):
         if self._run is None:
             raise RuntimeError("DPSGD: not within fit")
         return self._run
-
-    def _recover(self, trainer: Any) -> int:
-        """Count the steps that a crash lost; every process learns what the first one reads."""
-        folders = [Path(trainer.ckpt_path).parent, Path(trainer.ckpt_path).parent.parent] if trainer.ckpt_path else []
-        found: Any = None
-        if trainer.is_global_zero:
-            try:
-                found = self._ledger.recover(folders, self.lost_steps), self._ledger.history
-            except ValueError as error:
-                found = str(error)
-        found = trainer.strategy.broadcast(found)
-        if isinstance(found, str):
-            raise ValueError(found)
-        lost, self._ledger.history = found
-        return lost
-
-    def _say_what_is_planned(self, trainer: Any, left: float, lost: int) -> None:
-        run, ledger = self._running(), self._ledger
-        plan = ledger.planned
-        budget = "no budget" if self.target_epsilon is None else f"epsilon <= {self.target_epsilon:g}"
-        self.announce(
-            trainer,
-            f"active. {budget} at delta {plan.delta:.3g} ({plan.accountant}); noise multiplier "
-            f"{plan.noise_multiplier:.4g}, clipping norm {plan.max_grad_norm:g} ({call_text(self.clipping)}), sample "
-            f"rate {plan.sample_rate:.4g}: {plan.expected_batch_size:.4g} of {plan.dataset_size} examples a step on "
-            f"average, in {run.loader.batches.micro_batches} micro-batch(es).",
-        )
-        if lost:
-            rank_zero_info(f"DPSGD: {lost} steps were made after the checkpoint and lost; they are counted.")
-        if ledger.allowed < left < math.inf:
-            rank_zero_warn(
-                f"DPSGD: the budget allows {ledger.allowed} more steps, fewer than the {left} that the run asks for; "
-                "training stops when it is spent."
-            )
-        for reason in self._void():
-            rank_zero_warn(f"DPSGD: the certificate is void: {reason}.")
-
-    def _assumptions(self) -> tuple[str, ...]:
-        found = {
-            "The number of examples was read from the train loader, and is taken as public.": self.dataset_size is None,
-            "The sample rate follows from the loader's batch size, and is taken as public.": self.sample_rate is None,
-            f"A journal was lost, after which at most {self.lost_steps} steps were made.": self.lost_steps is not None,
-            f"In each process of {self._processes}, a share of the examples was sampled.": self._processes > 1,
-        }
-        return tuple(assumption for assumption, holds in found.items() if holds)
-
-    def _void(self) -> tuple[str, ...]:
-        reasons = {
-            "unsafe_seed makes the noise reproducible": self.unsafe_seed is not None,
-            "no noise is added": self.noise_multiplier == 0,
-            "the training step was not checked (preflight=False)": not self.preflight,
-        }
-        return tuple(reason for reason, holds in reasons.items() if holds)
 
     def _write_certificate(self, trainer: Any) -> None:
         run = self._running()
@@ -529,15 +493,3 @@ def _trained(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 def _restore(target: Any, **attributes: Any) -> None:
     for name, value in attributes.items():
         setattr(target, name, value)
-
-
-def _folder(trainer: Any) -> Path | None:
-    """The run's folder, asked for on every process; None where nothing of a run is kept."""
-    folder = trainer.log_dir
-    return None if trainer.fast_dev_run or folder is None else Path(folder)
-
-
-def _beside_checkpoints(trainer: Any) -> Path | None:
-    """Where the first checkpoint callback writes, if one does."""
-    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-    return next((Path(folder) for folder in folders if folder), None)

@@ -73,6 +73,17 @@ def test_schedules_are_stretched_over_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("schedule", ["none", "cosine", "onecycle"])
+def test_sgd_keeps_the_momentum_and_decay_it_is_given(tmp_path, schedule):
+    model = Classifier(network(), lr=0.1, weight_decay=0.01, schedule=schedule, optimizer="sgd", momentum=0.8)
+    run = trainer(tmp_path, max_epochs=3, enable_checkpointing=False)
+    run.fit(model, loader(), loader())
+    (optimizer,) = run.optimizers
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.param_groups[0]["momentum"] == 0.8
+    assert optimizer.param_groups[0]["weight_decay"] == 0.01
+
+
+@pytest.mark.parametrize("schedule", ["none", "cosine", "onecycle"])
 def test_every_schedule_survives_a_run_of_one_step(tmp_path, schedule):
     trainer(tmp_path, fast_dev_run=True).fit(Classifier(network(), schedule=schedule), loader(), loader())
 
@@ -91,14 +102,31 @@ def test_a_checkpoint_holds_weights_and_no_pickled_network(tmp_path):
     run.save_checkpoint(path)
 
     held = torch.load(path, weights_only=True)["hyper_parameters"]
-    assert held == {"lr": 0.02, "weight_decay": 0.0, "schedule": "none", "label_smoothing": 0.1}
+    assert held == {
+        "lr": 0.02,
+        "weight_decay": 0.0,
+        "schedule": "none",
+        "label_smoothing": 0.1,
+        "optimizer": "adamw",
+        "momentum": 0.0,
+    }
     restored = Classifier.load_from_checkpoint(path, network=network())
     x = torch.rand(3, 1, 4, 4)
     torch.testing.assert_close(restored(x), model(x))
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"lr": 0}, {"weight_decay": -1}, {"schedule": "linear"}, {"label_smoothing": 1.0}], ids=str
+    "wrong",
+    [
+        {"lr": 0},
+        {"weight_decay": -1},
+        {"schedule": "linear"},
+        {"label_smoothing": 1.0},
+        {"optimizer": "adam"},
+        {"momentum": 1.0, "optimizer": "sgd"},
+        {"momentum": 0.9},  # AdamW has no such setting
+    ],
+    ids=str,
 )
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

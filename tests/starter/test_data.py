@@ -6,10 +6,12 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from sklearn.datasets import load_digits
+from torch import nn
 
-from robust_train.starter import Digits, FashionMNIST
+from robust_train.starter import MLP, Classifier, Digits, FashionMNIST
 from robust_train.starter.fashion_mnist import FILES, read_idx
 
 
@@ -92,6 +94,41 @@ def test_fashion_mnist_reads_a_folder(fashion):
     assert x.dtype == torch.float32
     assert 0 <= x.min() <= x.max() <= 1
     assert y.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("kind", ["digits", "fashion"])
+def test_a_fixed_module_is_applied_to_the_training_images_alone_and_once(fashion, kind):
+    class Halves(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += len(x)
+            return x.flatten(1) / 2
+
+    def data(**settings):
+        return Digits(**settings) if kind == "digits" else FashionMNIST(root=str(fashion), val_size=6, **settings)
+
+    images, halves = splits(data()), Halves()
+    module = data(features=halves)
+    found = splits(module)
+    assert torch.equal(found[0][0], images[0][0].flatten(1) / 2)
+    assert torch.equal(found[0][1], images[0][1])
+    for part in (1, 2):
+        assert torch.equal(found[part][0], images[part][0])
+    for _ in range(2):
+        list(module.train_dataloader())
+    assert halves.calls == len(images[0][0])
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero:UserWarning")  # as it should be
+def test_fashion_mnist_can_be_trained_on_as_a_whole(fashion, tmp_path):
+    data = FashionMNIST(root=str(fashion), val_size=0)
+    assert sorted(splits(data)[0][1].tolist()) == sorted(i % 10 for i in range(30))
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, **quiet)
+    trainer.fit(Classifier(MLP(shape=(1, 28, 28), hidden=())), data)
+    assert trainer.global_step == 1
+    assert sum(trainer.num_val_batches) == 0
 
 
 def test_fashion_mnist_reads_plain_files_in_torchvisions_layout(fashion, tmp_path):
@@ -183,6 +220,6 @@ def test_settings_out_of_range_are_refused(fashion):
     with pytest.raises(ValueError, match="batch_size"):
         Digits(batch_size=0)
     with pytest.raises(ValueError, match="val_size"):
-        FashionMNIST(val_size=0)
+        FashionMNIST(val_size=-1)
     with pytest.raises(ValueError, match="leaves none"):
         FashionMNIST(root=str(fashion), val_size=30).setup()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from robust_train.starter import MLP, SmallCNN, SmallResNet
+from robust_train.starter import MLP, SmallCNN, SmallResNet, TanhCNN
 
 NETWORKS = {
     "cnn": lambda shape: SmallCNN(in_channels=shape[0], classes=7, channels=8),
@@ -13,6 +13,7 @@ NETWORKS = {
     "resnet": lambda shape: SmallResNet(in_channels=shape[0], classes=7, width=8),
     "resnet with batch norm": lambda shape: SmallResNet(in_channels=shape[0], classes=7, width=6, norm="batch"),
     "deep resnet": lambda shape: SmallResNet(in_channels=shape[0], classes=7, width=4, blocks=[2, 3]),
+    "tanh cnn": lambda shape: TanhCNN(shape=shape, classes=7, channels=(4, 6), hidden=5),
     "mlp": lambda shape: MLP(shape=shape, classes=7, hidden=[16], dropout=0.1),
     "linear": lambda shape: MLP(shape=shape, classes=7, hidden=()),
 }
@@ -43,6 +44,10 @@ def test_without_batch_norm_an_example_does_not_depend_on_its_batch(build):
     network = build((1, 8, 8)).eval()
     x = torch.rand(5, 1, 8, 8)
     torch.testing.assert_close(network(x)[:1], network(x[:1]))
+
+
+def test_tanh_cnn_is_the_published_network():
+    assert sum(p.numel() for p in TanhCNN().parameters()) == 26_010
 
 
 def test_unknown_settings_are_refused():
