@@ -142,7 +142,7 @@ def test_help_needs_no_torch():
         "assert 'torch' not in sys.modules and 'pytorch_lightning' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "recipe: fgsm_rs, n_fgsm, pgd_at, standard, trades" in done.stdout
+    assert "recipe: dp_scatter, dp_sgd, dp_sgd_eps1, fgsm_rs, n_fgsm, pgd_at, standard, trades" in done.stdout
 
 
 def test_without_torchattacks_the_judges_that_need_it_are_named(monkeypatch, tmp_path, capsys):
