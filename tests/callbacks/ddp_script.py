@@ -85,7 +85,8 @@ def main(out: str, module: str, what: str, eps: str, settings: str) -> None:
     weights = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in net.state_dict().items()}
     found = {"weights": weights, "metrics": metrics, "starts": STARTS, "steps": trainer.global_step}
     torch.save(found, f"{out}.{trainer.global_rank}")
-    torch.distributed.destroy_process_group()  # Lightning leaves gloo's running; its threads may outlive the interpreter
+    # Lightning leaves gloo's running, whose threads may outlive the interpreter
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
