@@ -37,7 +37,7 @@ class Entropy:
         Drawn on the device, from a generator that is freshly seeded with 64 bits for every call. ``secure`` draws
         every bit from the operating system instead, on the CPU and in float64, and sums four draws: an attacker who
         looks at the gaps between representable numbers cannot tell which sum he sees. It costs about 40 times as
-        much (0.2 s for a million parameters).
+        much (0.3 s for a million parameters).
 
         Reference:
             Holohan and Braghin, "Secure Random Sampling in Differential Privacy", 2021, section 4.

@@ -548,6 +548,34 @@ def test_bf16_weight_averaging_parameter_groups_and_frozen_layers():
     assert torch.isfinite(flat(module)).all()
 
 
+@pytest.mark.filterwarnings("ignore:DPSGD. the certificate is void:UserWarning")
+@pytest.mark.parametrize("order", [1, -1])
+def test_averages_of_weights_are_those_of_the_private_run(order):
+    from pytorch_lightning.callbacks import EMAWeightAveraging
+
+    settings = {"noise_multiplier": 0, "max_grad_norm": 0.4, "unsafe_seed": 1}
+    plain = train(DPSGD(**settings))[0]
+    averaged, _ = train(*(DPSGD(**settings), EMAWeightAveraging(decay=0.5))[::order])
+    assert averaged.state_dict().keys() == plain.state_dict().keys()
+    assert not torch.equal(flat(averaged), flat(plain))
+    assert (flat(averaged) - flat(plain)).norm() < (flat(averaged) - flat(Net())).norm()
+
+
+def test_a_transformer_trains():
+    class Transformer(Net):
+        def __init__(self):
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+            self.net = nn.Sequential(nn.Unflatten(1, (6, 1)), nn.Linear(1, 8), encoder, nn.Flatten(), nn.Linear(48, 3))
+
+    callback = DPSGD(target_epsilon=3.0, accountant="rdp")
+    module, trainer = train(callback, module=Transformer())
+    assert trainer.global_step == 10
+    assert torch.isfinite(flat(module)).all()
+    assert callback.certificate().engine == "book_keeping"
+
+
 @pytest.mark.parametrize("engine", ["book_keeping", "hooks"])
 @pytest.mark.filterwarnings("ignore:DPSGD. the certificate is void:UserWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
