@@ -71,6 +71,27 @@ def measure(run: str, seed: int, features: WaveletFeatures, data: FashionMNIST) 
     }
 
 
+def write(found: dict[str, dict[str, dict[str, Any]]], out: Path) -> None:
+    """All runs as JSON, and their means as a table."""
+    about = f"torch {torch.__version__}, opacus {opacus.__version__}, {platform.machine()}, one thread"
+    out.with_suffix(".json").write_text(
+        json.dumps({"about": about, "delta": DELTA, "runs": found}, indent=2) + "\n", encoding="utf-8"
+    )
+    lines = [f"# Fashion-MNIST at epsilon <= {EPSILON:g}, delta {DELTA:g}", "", __doc__.split("\n\n")[1], "", about, ""]
+    lines += ["| run | test accuracy, mean (each seed) | epsilon | noise multiplier | steps | CPU-s a run |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for run, seeds in found.items():
+        each = list(seeds.values())
+        mean, first = statistics.mean(r["accuracy"] for r in each), each[0]
+        single = ", ".join(f"{100 * r['accuracy']:.2f}" for r in each)
+        lines.append(
+            f"| {run} | **{100 * mean:.2f} %** ({single}) | {max(r['epsilon'] for r in each):.4f} | "
+            f"{first['noise_multiplier']:.3f} | {first['steps']} | "
+            f"{statistics.mean(r['cpu_seconds'] for r in each):.0f} |"
+        )
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", nargs="+", choices=list(BATCH), default=list(BATCH))
@@ -92,21 +113,7 @@ def main() -> None:
         for seed in options.seeds:
             found[run][str(seed)] = {**measure(run, seed, features, data), "features_cpu_seconds": prepared}
             print(run, seed, found[run][str(seed)], flush=True)
-    about = f"torch {torch.__version__}, opacus {opacus.__version__}, {platform.machine()}, one thread"
-    out.write_text(json.dumps({"about": about, "delta": DELTA, "runs": found}, indent=2) + "\n", encoding="utf-8")
-    lines = [f"# Fashion-MNIST at epsilon <= {EPSILON:g}, delta {DELTA:g}", "", __doc__.split("\n\n")[1], "", about, ""]
-    lines += ["| run | test accuracy, mean (each seed) | epsilon | noise multiplier | steps | CPU-s a run |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for run, seeds in found.items():
-        each = list(seeds.values())
-        mean, first = statistics.mean(r["accuracy"] for r in each), each[0]
-        single = ", ".join(f"{100 * r['accuracy']:.2f}" for r in each)
-        lines.append(
-            f"| {run} | **{100 * mean:.2f} %** ({single}) | {max(r['epsilon'] for r in each):.4f} | "
-            f"{first['noise_multiplier']:.3f} | {first['steps']} | "
-            f"{statistics.mean(r['cpu_seconds'] for r in each):.0f} |"
-        )
-    Path(options.out).with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write(found, Path(options.out))
 
 
 if __name__ == "__main__":
