@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from robust_train.evasion.threat import Threat as Threat
     from robust_train.evasion.victim import ClassifierVictim as ClassifierVictim
     from robust_train.evasion.victim import Victim as Victim
+    from robust_train.privacy.plan import PrivacyPlan as PrivacyPlan
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _HOME = {
     "Objective": "evasion.objectives.base",
     "PGD": "evasion.attacks.pgd",
     "PGDAT": "evasion.objectives.pgd_at",
+    "PrivacyPlan": "privacy.plan",
     "RobustAccuracy": "evasion.metrics",
     "RobustEvaluation": "callbacks.robust_evaluation",
     "TRADES": "evasion.objectives.trades",

@@ -183,6 +183,15 @@ def test_every_step_has_its_noise_and_its_entry(monkeypatch):
     assert [list(segment) for segment in callback.history] == [[2.0, BATCH / N, trainer.global_step]]
 
 
+def test_secure_mode_draws_every_bit_from_the_system(monkeypatch):
+    asked = []
+    gaussian = Entropy.gaussian
+    monkeypatch.setattr(Entropy, "gaussian", lambda self, *args: asked.append(args[2]) or gaussian(self, *args))
+    module, trainer = train(DPSGD(noise_multiplier=1.0, accountant="rdp", secure_mode=True), max_epochs=1)
+    assert asked == [True] * trainer.global_step
+    assert torch.isfinite(flat(module)).all()
+
+
 def test_runs_differ_though_everything_is_seeded():
     weights = []
     for _ in range(2):

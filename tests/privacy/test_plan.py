@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -93,3 +95,8 @@ def test_trade_offs_point_the_right_way():
 def test_a_plan_survives_json():
     p = plan(noise_schedule=(1.2, 1.0), delta=1e-6)
     assert PrivacyPlan.from_dict(json.loads(json.dumps(p.to_dict()))) == p
+
+
+def test_the_plan_is_a_public_name_that_needs_no_torch():
+    code = "import sys; from robust_train import PrivacyPlan; assert PrivacyPlan; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
