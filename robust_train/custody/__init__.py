@@ -1,0 +1,1 @@
+"""Custody: what the data were, and whether they still are."""

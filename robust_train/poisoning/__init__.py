@@ -1,0 +1,1 @@
+"""Poisoning: simulators, filters, decisions and validation; plain torch."""
