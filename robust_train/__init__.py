@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robust_train.callbacks.adversarial_training import AdversarialTraining as AdversarialTraining
+    from robust_train.callbacks.data_filter import DataFilter as DataFilter
+    from robust_train.callbacks.data_validation import DataValidation as DataValidation
     from robust_train.callbacks.dp_sgd import DPSGD as DPSGD
+    from robust_train.callbacks.poison_simulation import PoisonSimulation as PoisonSimulation
     from robust_train.callbacks.robust_evaluation import RobustEvaluation as RobustEvaluation
     from robust_train.config import recipe as recipe
     from robust_train.evasion.attacks.base import Attack as Attack
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from robust_train.evasion.threat import Threat as Threat
     from robust_train.evasion.victim import ClassifierVictim as ClassifierVictim
     from robust_train.evasion.victim import Victim as Victim
+    from robust_train.poisoning.decide import Policy as Policy
+    from robust_train.poisoning.probe import Probe as Probe
     from robust_train.privacy.plan import PrivacyPlan as PrivacyPlan
 
 __version__ = "0.1.0"
@@ -37,11 +42,16 @@ _HOME = {
     "AttackSuccessRate": "evasion.metrics",
     "ClassifierVictim": "evasion.victim",
     "DPSGD": "callbacks.dp_sgd",
+    "DataFilter": "callbacks.data_filter",
+    "DataValidation": "callbacks.data_validation",
     "FGSM": "evasion.attacks.fgsm",
     "Objective": "evasion.objectives.base",
     "PGD": "evasion.attacks.pgd",
     "PGDAT": "evasion.objectives.pgd_at",
+    "PoisonSimulation": "callbacks.poison_simulation",
+    "Policy": "poisoning.decide",
     "PrivacyPlan": "privacy.plan",
+    "Probe": "poisoning.probe",
     "RobustAccuracy": "evasion.metrics",
     "RobustEvaluation": "callbacks.robust_evaluation",
     "TRADES": "evasion.objectives.trades",

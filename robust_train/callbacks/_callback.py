@@ -83,8 +83,8 @@ def place_text(path: tuple[str | int, ...]) -> str:
     return "itself" if not path else "".join(f"[{key!r}]" for key in path)
 
 
-def submodule(module: nn.Module, name: str) -> nn.Module:
-    """The submodule that the user named as the source of the logits.
+def submodule(module: nn.Module, name: str, setting: str = "logits") -> nn.Module:
+    """The submodule that the user named, as the source of the logits or of what ``setting`` says.
 
     Raises:
         ValueError: there is none; the message lists the module's children.
@@ -94,5 +94,5 @@ def submodule(module: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         known = ", ".join(child for child, _ in module.named_children()) or "none"
         raise ValueError(
-            f"logits={name!r} is no submodule of {type(module).__name__}; its children are: {known}"
+            f"{setting}={name!r} is no submodule of {type(module).__name__}; its children are: {known}"
         ) from None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from pytorch_lightning.utilities.data import _dataloader_init_kwargs_resolve_sampler
 from torch import Tensor, nn
 
 
@@ -277,23 +282,47 @@ def unsupported_strategy(trainer: Any) -> str | None:
 # --- DP-SGD -------------------------------------------------------------------------------------------------------
 
 
-def exchange_train_loader(trainer: Any, exchange: Callable[[Any], Any]) -> Callable[[], None]:
+def exchange_train_loader(trainer: Any, exchange: Callable[[Any], Any], order: int = 1) -> Callable[[], None]:
     """Put ``exchange(loader)`` in place of the train loader, wherever it comes from; returns what undoes it.
 
     Lightning has no hook for it: by ``on_fit_start`` the loader may have been asked for already (by
     ``trainer.estimated_stepping_batches`` in ``configure_optimizers``).
+
+    Args:
+        trainer: whose loader.
+        exchange: takes what ``train_dataloader()`` returned, or what an exchange before it made of that.
+        order: exchanges are made in ascending order of this number, whoever came first: poison is simulated (0) before
+            it is filtered (1), and what remains is sampled (2).
     """
     fit_loop = trainer.fit_loop
     source = fit_loop._data_source
-    request = source.dataloader
-    source.dataloader = lambda: exchange(request())
+    if "exchanges" not in source.__dict__:
+        request = source.dataloader
+        source.exchanges, source.request = [], request
+        source.dataloader = lambda: train_loader_before(trainer)
+    mine = (order, exchange)
+    source.exchanges.append(mine)
+    source.exchanges.sort(key=lambda entry: entry[0])
     fit_loop._combined_loader = None  # an earlier fit's, which would be used again
 
     def undo() -> None:
-        source.__dict__.pop("dataloader", None)
+        source.exchanges.remove(mine)
+        if not source.exchanges:
+            for name in ("exchanges", "request", "dataloader"):
+                source.__dict__.pop(name, None)
         fit_loop._combined_loader = None
 
     return undo
+
+
+def train_loader_before(trainer: Any, order: float = float("inf")) -> Any:
+    """What ``train_dataloader()`` returns, after the exchanges that come before ``order``."""
+    source = trainer.fit_loop._data_source
+    loaders = source.request()
+    for at, exchange in source.exchanges:
+        if at < order:
+            loaders = exchange(loaders)
+    return loaders
 
 
 def stop_after(trainer: Any, steps: int) -> Callable[[], None]:
@@ -322,3 +351,237 @@ def transferred(trainer: Any, batch: Any) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+# --- data validation ----------------------------------------------------------------------------------------------
+
+
+def exchange_batches(trainer: Any, exchange: Callable[[Any, int], Any]) -> Callable[[], None]:
+    """Put ``exchange(batch, dataloader_idx)`` in place of each batch that a loop fetches; returns what undoes it.
+
+    The strategy's transfer is the last to touch a batch before the first hook sees it, wherever the module or the data
+    module changes it on the way; no hook of a callback can put another batch in its place.
+    """
+    strategy = trainer.strategy
+    transfer = strategy.batch_to_device
+
+    def batch_to_device(batch: Any, *args: Any, **kwargs: Any) -> Any:
+        return exchange(transfer(batch, *args, **kwargs), kwargs.get("dataloader_idx", 0))
+
+    strategy.__dict__["batch_to_device"] = batch_to_device
+
+    def undo() -> None:
+        strategy.__dict__.pop("batch_to_device", None)
+
+    return undo
+
+
+def fetches_training_batch(trainer: Any) -> bool:
+    """Whether a batch that is being transferred now is training's next one, and not an extra one (``transferred``)."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    return trainer.training and progress.ready == progress.completed
+
+
+def leave_out_step(module: Any) -> Callable[[], None]:
+    """No call of the training step reaches the module, as if it had returned None; returns what undoes it."""
+    if getattr(module.__dict__.get("training_step"), "left_out", False):
+        return _nothing
+
+    def nothing(step: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        return None
+
+    undo = wrap_training_step(module, nothing)
+    module.__dict__["training_step"].left_out = True
+    return undo
+
+
+# --- data filtering -----------------------------------------------------------------------------------------------
+# To put a DistributedSampler in, or for overfit_batches, Lightning makes the user's loader anew: from the constructor's
+# arguments, which it noted on every loader and BatchSampler that a *_dataloader hook made, or from the attributes.
+
+
+def remember_dataset(loader: Any, dataset: Any) -> None:
+    """Have Lightning make ``loader``, which is a copy, anew on ``dataset`` instead of on its own.
+
+    A class that makes its dataset itself would bring the whole dataset back: Lightning is kept from making it anew.
+    """
+    notes = loader.__dict__
+    if "__pl_saved_args" not in notes:
+        return
+    names, args, kwargs = notes["__pl_saved_arg_names"], notes["__pl_saved_args"], notes["__pl_saved_kwargs"]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if given.get("dataset") is not loader.dataset:
+        notes["__pl_saved_kwargs"] = _NotAnew(type(loader).__name__)
+        return
+    notes["__pl_saved_args"] = tuple(dataset if arg is loader.dataset else arg for arg in args)
+    notes["__pl_saved_kwargs"] = kwargs | ({"dataset": dataset} if "dataset" in kwargs else {})
+    notes["__dataset"] = dataset
+
+
+class _NotAnew(dict[str, Any]):
+    """Arguments of a loader that Lightning must not make anew, which it begins by changing the sampler among them."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            f"{self._name} makes its dataset itself, which brings the dropped rows back when Lightning makes the train "
+            "loader anew, for several processes or for overfit_batches: let it take the dataset as an argument, or put "
+            "your own DistributedSampler in and set Trainer(use_distributed_sampler=False)"
+        )
+
+
+def remember_arguments(batch_sampler: Any, **arguments: Any) -> None:
+    """Have Lightning make a batch sampler of ours anew with ``arguments`` and, as ``sampler``, a process's share."""
+    batch_sampler.__dict__ |= {
+        "__pl_saved_args": (),
+        "__pl_saved_kwargs": arguments,
+        "__pl_saved_default_kwargs": {"sampler": None},
+        "__pl_saved_arg_names": (),
+    }
+
+
+def batch_sampler_on(batch_sampler: Any, sampler: Any) -> Any:
+    """The user's batch sampler made anew, to draw from ``sampler``, as Lightning does it for several processes.
+
+    Raises:
+        TypeError: it takes no sampler; Lightning's own message says what to do.
+    """
+    loader: Any = SimpleNamespace(batch_sampler=batch_sampler)  # nothing else of a loader is read
+    return _dataloader_init_kwargs_resolve_sampler(loader, sampler)["batch_sampler"]
+
+
+def leaves_of(loaders: Any) -> list[Any] | None:
+    """The loaders in a ``CombinedLoader``; None if it is none. By name: both Lightning packages have one."""
+    if any(cls.__name__ == "CombinedLoader" for cls in type(loaders).__mro__):
+        return loaders.flattened
+    return None
+
+
+def exchange_prepared_loader(trainer: Any, exchange: Callable[[Any], Any]) -> Callable[[], None]:
+    """Put ``exchange(loader)`` in place of each train loader that Lightning has prepared; returns what undoes it.
+
+    That is after it put in a ``DistributedSampler`` and before it begins the first pass, for which every public hook
+    is too early or too late.
+    """
+    fit_loop, strategy = trainer.fit_loop, trainer.strategy
+    setup_data, process = fit_loop.setup_data, strategy.process_dataloader
+
+    def setup_data_exchanging() -> None:
+        with patched(strategy, process_dataloader=lambda loader: exchange(process(loader))):
+            setup_data()
+
+    fit_loop.setup_data = setup_data_exchanging
+
+    def undo() -> None:
+        fit_loop.__dict__.pop("setup_data", None)
+
+    return undo
+
+
+def once_restored(trainer: Any, then: Callable[[], None]) -> Callable[[], None]:
+    """Call ``then()`` once checkpoint and callbacks are restored and before the optimizers are made; returns the undo.
+
+    ``setup`` is too early: whether the run resumes, and with what state, is not known yet. ``on_fit_start`` is too late:
+    ``configure_optimizers`` may have asked for the number of batches.
+    """
+    connector = trainer._checkpoint_connector
+    restore = connector._restore_modules_and_callbacks
+
+    def undo() -> None:
+        connector.__dict__.pop("_restore_modules_and_callbacks", None)
+
+    def restoring(*args: Any, **kwargs: Any) -> None:
+        restore(*args, **kwargs)
+        undo()
+        then()
+
+    connector._restore_modules_and_callbacks = restoring
+    return undo
+
+
+def detached_copy(module: Any) -> Any:
+    """A deep copy of a LightningModule that belongs to no Trainer; the module's own Trainer is not copied with it."""
+    with patched(module, _trainer=None, _fabric=None):
+        return copy.deepcopy(module)
+
+
+def data_for(trainer: Any, loader: Any) -> dict[str, Any]:
+    """``fit``'s arguments for another loader, with the hooks of the user's data module around each batch."""
+    if trainer.datamodule is None:
+        return {"train_dataloaders": loader}
+    data = copy.copy(trainer.datamodule)
+    idle = dict.fromkeys(("prepare_data", "setup", "teardown", "val_dataloader"), _nothing)
+    data.__dict__ |= {**idle, "train_dataloader": lambda: loader}
+    return {"datamodule": data}
+
+
+def wait_for_first(trainer: Any, work: Callable[[], Any]) -> Any:
+    """What ``work()`` returns on the first process, known to all; the others wait for it without a time limit.
+
+    A collective operation would run into the process group's time-out while the first process trains a probe; a store
+    can be asked again and again.
+    """
+    if trainer.world_size == 1:
+        return work()
+    store = torch.distributed.distributed_c10d._get_default_store()
+    trainer.strategy.__dict__["robust_train_waits"] = turn = trainer.strategy.__dict__.get("robust_train_waits", 0) + 1
+    key = f"robust_train/{turn}"
+    if trainer.is_global_zero:
+        try:
+            found, error = work(), ""
+        except Exception as e:
+            store.set(key, f"{type(e).__name__}: {e}")
+            raise
+        store.set(key, error)
+    else:
+        while not store.check([key]):
+            time.sleep(0.2)
+        if error := store.get(key).decode():
+            raise RuntimeError(f"the first process failed: {error}")
+        found = None
+    return trainer.strategy.broadcast(found)
+
+
+def first_batch(loaders: Any) -> Any:
+    """The first batch of several train loaders together, as the training loop puts it together."""
+    combined = loaders if leaves_of(loaders) is not None else CombinedLoader(loaders, "max_size_cycle")
+    return next(iter(combined))[0]
+
+
+@contextmanager
+def generators_kept(loaders: Any) -> Iterator[None]:
+    """Generators that loaders and their samplers hold are as before afterwards, whatever was drawn inside."""
+    found: dict[int, tuple[torch.Generator, Tensor]] = {}
+    flat = leaves_of(loaders)
+    queue = list(flat) if flat is not None else [loaders]
+    while queue:
+        item = queue.pop()
+        if isinstance(item, dict):
+            queue += item.values()
+        elif isinstance(item, (list, tuple)):
+            queue += item
+        else:
+            for name in ("generator", "sampler", "batch_sampler"):
+                held = getattr(item, name, None)
+                if isinstance(held, torch.Generator):
+                    found[id(held)] = held, held.get_state()
+                elif held is not None and held is not item:
+                    queue.append(held)
+    try:
+        yield
+    finally:
+        for generator, state in found.values():
+            generator.set_state(state)
+
+
+def validation_dataset(trainer: Any) -> Any:
+    """The dataset of the run's first validation loader, or None."""
+    loaders = trainer.fit_loop.epoch_loop.val_loop._data_source
+    if not loaders.is_defined():
+        return None
+    found = loaders.dataloader()
+    found = found[0] if isinstance(found, (list, tuple)) and found else found
+    return getattr(found, "dataset", None)

@@ -262,7 +262,8 @@ def find_logits(victim: StepVictim, root: nn.Module, named: nn.Module | None = N
             if not isinstance(module, Metric):
                 stack.enter_context(on_call(module, leave, enter))
         # parameters are frozen meanwhile: what requires gradients depends on the input
-        output = victim.output(get(victim.batch, victim.layout.input_path).detach().requires_grad_(True))
+        x = get(victim.batch, victim.layout.input_path).detach()
+        output = victim.output(x.requires_grad_(True) if x.is_floating_point() else x)
     if not calls and loss_of(output) is None:
         raise StepSkipped
     if named is not None and not found:

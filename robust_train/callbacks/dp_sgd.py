@@ -212,7 +212,7 @@ class DPSGD(Callback):
             limit_train_batches=trainer.limit_train_batches,
             val_check_interval=trainer.val_check_interval,
         )
-        self._undo.callback(_seams.exchange_train_loader(trainer, lambda loader: self._exchange(trainer, loader)))
+        self._undo.callback(_seams.exchange_train_loader(trainer, lambda loader: self._exchange(trainer, loader), 2))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._run is None and self._ledger.history:

@@ -1,0 +1,312 @@
+"""How rows are judged before training: probe, scores, a model without the suspects, calibrated verdicts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
+
+from robust_train.callbacks import _seams
+from robust_train.callbacks._batch import replaced
+from robust_train.callbacks._inner import fit_copy
+from robust_train.callbacks._loaders import map_loaders, rebuilt
+from robust_train.callbacks._observer import Observed, Observer, Places, WrongLabels, margin
+from robust_train.callbacks._recorder import Recorder
+from robust_train.poisoning.decide import Outcome, Policy, Verdict, by_canaries, by_conflict, by_exclusion, decide
+from robust_train.poisoning.filters.base import Filter, Rows, Scores
+from robust_train.poisoning.probe import Probe
+from robust_train.poisoning.records import Column
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+REFERENCE = "reference_margin"
+FOLDS = 2  # of the trusted rows, for their own scores
+
+
+@dataclass
+class Judged:
+    """What was found out about N rows.
+
+    Attributes:
+        labels: int64 ``(N,)``.
+        classes: number of classes.
+        columns: one a filter, in their order.
+        outcome: what becomes of the rows.
+        probe: what it cost and what it knew, for the report.
+    """
+
+    labels: np.ndarray
+    classes: int
+    columns: list[Column]
+    outcome: Outcome
+    probe: dict[str, Any] = field(default_factory=dict)
+
+
+class Judge:
+    """Judges the rows of one train loader.
+
+    Args:
+        trainer: the outer Trainer.
+        module: the user's LightningModule.
+        loaders: what ``train_dataloader()`` returned.
+        loader: the one among them whose rows are judged.
+        filters: by name.
+        policy: how verdicts are calibrated and capped.
+        probe: how the probe is made.
+        places: where things are in a batch.
+        trusted: dataset of rows that are known to be clean, or None.
+        trusted_rows: row numbers of the training data that are known to be clean.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        loaders: Any,
+        loader: Any,
+        *,
+        filters: Mapping[str, Filter],
+        policy: Policy,
+        probe: Probe,
+        places: Places,
+        trusted: Any = None,
+        trusted_rows: np.ndarray | None = None,
+    ) -> None:
+        self._trainer, self._module, self._loaders, self._loader = trainer, module, loaders, loader
+        self._filters, self._policy, self._probe, self._places = dict(filters), policy, probe, places
+        self._size = len(loader.dataset)
+        self._all = loader.dataset if trusted is None else ConcatDataset([loader.dataset, trusted])
+        extra = np.arange(self._size, len(self._all))
+        self._trusted = np.concatenate([extra, [] if trusted_rows is None else trusted_rows]).astype(np.int64)
+        self._epochs = 0
+
+    def judge(self, restored: np.ndarray) -> Judged:
+        """Everything, in order; ``restored`` rows are kept whatever is found."""
+        begun = time.perf_counter()
+        wrong = WrongLabels.drawn(self._size, self._probe.canaries_for(self._size), self._probe.seed)
+        wrong.rows[self._trusted[self._trusted < self._size]] = False
+        seen = self._observe_probe(wrong)
+        labels, canary = seen.labels, wrong.rows
+        columns, groups = self._score(seen, wrong)
+        suspects = canary.copy()
+        for scores, verdict in columns.values():
+            suspects |= verdict.flagged
+            if scores.groups is not None:
+                suspects |= scores.groups.numpy() >= 0
+        probed = time.perf_counter()
+        if self._worth_checking(columns, groups):
+            self._check(seen, wrong, columns, groups, suspects)
+        flagged = {name: verdict.flagged for name, (_, verdict) in columns.items()}
+        values = {name: scores.values.numpy() for name, (scores, _) in columns.items()}
+        outcome = decide(flagged, values, labels.numpy(), self._policy, restored)
+        found = [
+            Column(name, values[name], verdict.threshold, verdict.flagged, verdict.calibration)
+            for name, (_, verdict) in columns.items()
+        ]
+        cost = {
+            "epochs": self._epochs,
+            "seconds": round(probed - begun, 1),
+            "reference_seconds": round(time.perf_counter() - probed, 1),
+            "accuracy_on_training_rows": float((seen.logits.argmax(1) == labels).float().mean()),
+            "canaries": int(canary.sum()),
+            "trusted": len(self._trusted),
+        }
+        return Judged(labels.numpy(), seen.classes, found, outcome, cost)
+
+    # --- the probe ------------------------------------------------------------------------------------------------
+
+    def _observe_probe(self, wrong: WrongLabels) -> Observed:
+        needs = frozenset().union(*(f.needs for f in self._filters.values())) & {"features", "inputs", "dynamics"}
+        rows = self._loader.dataset
+        if self._probe.checkpoint is not None:
+            if "dynamics" in needs:
+                names = [n for n, f in self._filters.items() if "dynamics" in f.needs]
+                raise ValueError(
+                    f"{', '.join(names)} watch a probe while it is trained, and probe.checkpoint={self._probe.checkpoint!r} "
+                    "is not: leave the checkpoint out, or choose other filters"
+                )
+            rank_zero_info("DataFilter: looking at the rows through the checkpoint's weights.")
+            return self._fit(rows, needs, wrong=None, train=None)
+        recorder = Recorder()
+        train = recorder.attach(rebuilt(self._loader, rows, shuffle=True))
+        rank_zero_info(
+            f"DataFilter: training a probe on {self._size} rows for {self._probe.epochs_for(len(train))} epochs."
+        )
+        return self._fit(rows, needs, wrong=wrong, train=train, recorder=recorder)
+
+    def _fit(
+        self,
+        looked_at: Any,
+        wanted: frozenset[str],
+        *,
+        wrong: WrongLabels | None,
+        train: Any,
+        recorder: Recorder | None = None,
+        seed: int = 0,
+    ) -> Observed:
+        """Train a copy on ``train`` and look at every row of ``looked_at``; without ``train`` only look."""
+        everything = rebuilt(self._loader, looked_at, shuffle=False)
+        observer = Observer(
+            everything,
+            len(looked_at),
+            self._places,
+            wanted,
+            recorder,
+            wrong,
+            self._around(),
+            self._probe.extractor,
+            train=train is not None,
+        )
+        structure = self._with(everything if train is None else train)
+        epochs = 1 if train is None else self._probe.epochs_for(len(train))
+        self._epochs += epochs * (train is not None)
+        fit_copy(
+            self._trainer,
+            self._module,
+            structure,
+            epochs=epochs,
+            seed=self._probe.seed + seed,
+            callbacks=[observer],
+            checkpoint=self._probe.checkpoint if train is None else None,
+        )
+        assert observer.observed is not None  # noqa: S101  (the last hook of a fit made it)
+        return observer.observed
+
+    def _with(self, loader: Any) -> Any:
+        """The user's loaders with another one in the judged one's place."""
+        return map_loaders(lambda old, path: loader if path == self._places.loader else old, self._loaders)
+
+    def _around(self) -> Callable[[Any], Any]:
+        if not self._places.loader:
+            return lambda batch: batch
+        template = _seams.first_batch(self._loaders)
+        return lambda batch: replaced(template, self._places.loader, batch)
+
+    # --- scores and verdicts --------------------------------------------------------------------------------------
+
+    def _score(
+        self, seen: Observed, wrong: WrongLabels
+    ) -> tuple[dict[str, tuple[Scores, Verdict]], dict[str, np.ndarray]]:
+        """Scores of all filters that need no reference, and verdicts where the canaries or the rows say enough."""
+        canary = wrong.rows
+        rows = Rows(
+            seen.labels,
+            seen.classes,
+            inputs=seen.inputs,
+            features=seen.features,
+            logits=seen.logits,
+            losses=seen.losses,
+            margins=seen.margins,
+        )
+        misled = replace(rows, labels=wrong.of(seen.labels, seen.classes))
+        columns: dict[str, tuple[Scores, Verdict]] = {}
+        groups: dict[str, np.ndarray] = {}
+        nothing = np.zeros(len(rows), dtype=bool)
+        for name, method in self._filters.items():
+            if "trusted" in method.needs:
+                continue
+            if "label_noise" in method.finds:
+                scores = method(misled)
+                verdict = by_canaries(
+                    scores.values.numpy(), canary, target_fpr=self._policy.target_fpr, min_power=self._policy.min_power
+                )
+            else:
+                scores = method(rows)
+                if scores.groups is not None:
+                    groups[name] = scores.groups.numpy()
+                    note = "no group of rows lies apart from its class"
+                    verdict = Verdict(
+                        nothing, None, {"method": "training without the groups", "groups": [], "note": note}
+                    )
+                elif "duplicates" in method.finds:
+                    verdict = by_conflict(scores.values.numpy())
+                else:
+                    note = "it ranks rows; no threshold could be calibrated, and nothing is decided on it"
+                    verdict = Verdict(nothing, None, {"method": "none", "note": note})
+            columns[name] = scores, verdict
+        return columns, groups
+
+    def _worth_checking(self, columns: dict[str, tuple[Scores, Verdict]], groups: dict[str, np.ndarray]) -> bool:
+        """Whether to train a reference: for trusted rows, groups to judge, or more noise than false alarms explain."""
+        noise = [v.calibration.get("noise_at_most", 0.0) for _, v in columns.values() if v.threshold is not None]
+        return (
+            len(self._trusted) > 0
+            or any((g >= 0).any() for g in groups.values())
+            or max(noise, default=0.0) > 2 * self._policy.target_fpr
+        )
+
+    def _check(
+        self,
+        seen: Observed,
+        wrong: WrongLabels,
+        columns: dict[str, tuple[Scores, Verdict]],
+        groups: dict[str, np.ndarray],
+        suspects: np.ndarray,
+    ) -> None:
+        """Train references without the suspects, and add their verdicts to ``columns``."""
+        n, canary, labels = self._size, wrong.rows, seen.labels
+        reference, trusted_logits, trusted_labels = self._reference(labels, suspects)
+        misled = wrong.of(labels, seen.classes)
+        own, misled_margins = -margin(reference, labels), -margin(reference, misled)
+        name, scores, null, canary_scores = REFERENCE, Scores(own), None, misled_margins
+        for filter_name, method in self._filters.items():
+            if "trusted" in method.needs and len(self._trusted):
+                rows = Rows(
+                    labels,
+                    seen.classes,
+                    reference=reference,
+                    trusted_logits=trusted_logits,
+                    trusted_labels=trusted_labels,
+                )
+                name, scores, canary_scores = filter_name, method(rows), method(replace(rows, labels=misled)).values
+                null = method(
+                    replace(rows, labels=trusted_labels, reference=trusted_logits, trusted_logits=None)
+                ).values.numpy()
+        verdict = by_canaries(
+            scores.values.numpy(),
+            canary,
+            target_fpr=self._policy.target_fpr,
+            min_power=self._policy.min_power,
+            canary_scores=canary_scores.numpy()[canary],
+            null=null,
+        )
+        verdict.flagged[self._trusted[self._trusted < n]] = False
+        columns[name] = scores, verdict
+        margins = own.numpy()
+        for filter_name, found in groups.items():
+            if (found >= 0).any():
+                by_group = by_exclusion(found, margins, margins[canary], misled_margins.numpy()[canary])
+                columns[filter_name] = columns[filter_name][0], by_group
+
+    def _reference(self, labels: Tensor, suspects: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Logits of all N rows, and of the trusted ones by models that did not see them, with their labels."""
+        n = self._size
+        if not len(self._trusted):
+            rank_zero_info(f"DataFilter: training a reference without {int(suspects.sum())} suspect rows.")
+            return self._trained_on(np.flatnonzero(~suspects), 1).logits, None, None
+        folds = np.random.default_rng(self._probe.seed).permutation(len(self._trusted)) % FOLDS
+        total, held_out, held_labels = torch.zeros(()), [], []
+        for fold in range(FOLDS):
+            known = self._trusted[folds != fold]
+            rank_zero_info(f"DataFilter: training a reference on {len(known)} trusted rows and what they vouch for.")
+            first = self._trained_on(known, 1 + 2 * fold)
+            agree = (first.logits.argmax(1) == first.labels).numpy()[:n] & ~suspects
+            agree[self._trusted[self._trusted < n]] = False
+            second = self._trained_on(np.concatenate([np.flatnonzero(agree), known]), 2 + 2 * fold)
+            total = total + second.logits[:n] / FOLDS
+            rows = torch.from_numpy(self._trusted[folds == fold])
+            held_out.append(second.logits[rows])
+            held_labels.append(second.labels[rows])
+        return total, torch.cat(held_out), torch.cat(held_labels)
+
+    def _trained_on(self, rows: np.ndarray, seed: int) -> Observed:
+        train = rebuilt(self._loader, Subset(self._all, rows.tolist()), shuffle=True)
+        return self._fit(self._all, frozenset(), wrong=None, train=train, seed=seed)

@@ -1,0 +1,351 @@
+"""What a nested run shows of the training rows: labels, logits, features, and how they were learned."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from robust_train.callbacks import _seams
+from robust_train.callbacks._batch import Path, find_input, get, label_candidates, replaced
+from robust_train.callbacks._callback import Callback, submodule
+from robust_train.callbacks._recorder import Recorder
+from robust_train.callbacks._sandbox import Sandbox
+from robust_train.callbacks._seams import LogitsReached, backpropagated, on_call, silenced, uncompiled_modules
+from robust_train.callbacks._step import Layout, StepVictim, find_logits
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+IN_MEMORY = 2**28  # bytes of float32; larger tables are kept as float16 in a temporary file
+
+
+@dataclass(frozen=True)
+class Places:
+    """What the user said of where things are.
+
+    Attributes:
+        loader: where the filtered loader's part lies in a batch of several loaders; empty for one loader.
+        inputs: see ``find_input``.
+        labels: see ``label_candidates``.
+        logits: name of the submodule that returns the logits.
+        features: name of the submodule whose input are the features.
+    """
+
+    loader: Path = ()
+    inputs: str | int | None = None
+    labels: str | int | None = None
+    logits: str | None = None
+    features: str | None = None
+
+
+@dataclass
+class Observed:
+    """What was seen of M rows, in their order.
+
+    Attributes:
+        labels: int64 ``(M,)``.
+        logits: float32 ``(M, classes)``.
+        features: ``(M, D)``, None unless asked for.
+        inputs: ``(M, ...)``, None unless asked for.
+        margins: ``(epochs, M)`` of the training, of the label that was trained on; NaN where a row was not drawn.
+        losses: likewise.
+    """
+
+    labels: Tensor
+    logits: Tensor
+    features: Tensor | None = None
+    inputs: Tensor | None = None
+    margins: Tensor | None = None
+    losses: Tensor | None = None
+
+    @property
+    def classes(self) -> int:
+        return self.logits.shape[1]
+
+
+@dataclass
+class WrongLabels:
+    """Label canaries: rows that are given a wrong label for the time of a probe.
+
+    Attributes:
+        rows: bool ``(M,)``.
+        draws: uniform in [0, 1), ``(M,)``: which of the other classes.
+    """
+
+    rows: np.ndarray
+    draws: np.ndarray
+
+    @staticmethod
+    def drawn(size: int, count: int, seed: int) -> WrongLabels:
+        """``count`` of ``size`` rows."""
+        generator = np.random.default_rng(seed)
+        rows = np.zeros(size, dtype=bool)
+        rows[generator.permutation(size)[:count]] = True
+        return WrongLabels(rows, generator.random(size))
+
+    def of(self, labels: Tensor, classes: int, rows: np.ndarray | None = None) -> Tensor:
+        """The labels of ``rows`` (None: all) with the canaries' wrong ones, each uniform over the other classes."""
+        here, draws = (self.rows, self.draws) if rows is None else (self.rows[rows], self.draws[rows])
+        shift = torch.from_numpy(1 + (draws * (classes - 1)).astype(np.int64)).to(labels.device)
+        wrong = ((labels.long() + shift) % classes).to(labels.dtype)
+        return torch.where(torch.from_numpy(here).to(labels.device), wrong, labels)
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logit of the label minus the largest other one, ``(B,)``."""
+    own = logits.gather(1, labels[:, None])[:, 0]
+    return own - logits.scatter(1, labels[:, None], -math.inf).amax(1)
+
+
+class Observer(Callback):
+    """Watches a nested run, and looks at every row once it is over.
+
+    Args:
+        everything: loader that yields all M rows once, in order.
+        size: M.
+        places: where things are in the user's batch.
+        wanted: of ``"features"``, ``"inputs"`` and ``"dynamics"``.
+        recorder: tells the rows of each training batch; needed for dynamics and wrong labels.
+        wrong: canaries.
+        around: puts a batch of the filtered loader into what the step expects, where there are several loaders.
+        extractor: maps inputs to features, in place of the module's own.
+        train: False: look at the rows with the weights as they are, and train nothing.
+    """
+
+    def __init__(
+        self,
+        everything: Any,
+        size: int,
+        places: Places,
+        wanted: frozenset[str] = frozenset(),
+        recorder: Recorder | None = None,
+        wrong: WrongLabels | None = None,
+        around: Callable[[Any], Any] = lambda batch: batch,
+        extractor: nn.Module | None = None,
+        train: bool = True,
+    ) -> None:
+        self._everything, self._size, self._places, self._wanted = everything, size, places, wanted
+        self._recorder, self._wrong, self._around, self._extractor = recorder, wrong, around, extractor
+        self._train, self._layout = train, None
+        self._rows = np.empty(0, dtype=np.int64)
+        self._seen: Tensor | None = None
+        self._margins: list[Tensor] = []
+        self._losses: list[Tensor] = []
+        self.observed: Observed | None = None
+
+    # --- while it trains ------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._own_step = pl_module.training_step
+        _seams.wrap_training_step(pl_module, lambda step, *args, **kwargs: self._step(trainer, step, args, kwargs))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._train:
+            self._look_at_everything(trainer, pl_module)
+            trainer.should_stop = True
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._margins.append(torch.full((self._size,), math.nan))
+        self._losses.append(torch.full((self._size,), math.nan))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._recorder is not None:
+            self._rows = self._recorder.pop()
+
+    def _step(self, trainer: Any, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._recorder is None:
+            return step(*args, **kwargs)
+        batch = kwargs["batch"] if "batch" in kwargs else args[0]
+        layout = self._find(trainer, step, batch)
+        labels = self._labels(batch, layout)
+        if len(labels) != len(self._rows):
+            raise ValueError(
+                f"a batch of {len(self._rows)} rows came out of the collate function with {len(labels)} labels: "
+                "DataFilter must know which row is which. Return every row"
+            )
+        if self._wrong is not None:
+            labels = self._wrong.of(labels, self._classes, self._rows)
+            batch = replaced(
+                batch, layout.labels_path or (), labels.reshape(get(batch, layout.labels_path or ()).shape)
+            )
+        kwargs, args = ({**kwargs, "batch": batch}, args) if "batch" in kwargs else (kwargs, (batch, *args[1:]))
+        self._seen = None
+        with layout.watched(lambda logits: setattr(self, "_seen", logits.detach())):
+            output = step(*args, **kwargs)
+        if self._seen is not None and "dynamics" in self._wanted:
+            logits, rows, labels = self._seen.float(), torch.from_numpy(self._rows), labels.long()
+            self._margins[-1][rows] = margin(logits, labels).cpu()
+            self._losses[-1][rows] = cross_entropy(logits, labels, reduction="none").cpu()
+        return output
+
+    # --- once it is over, still on its device ---------------------------------------------------------------------
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._train:
+            self._look_at_everything(trainer, pl_module)
+
+    def _look_at_everything(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        step = self._own_step
+        tables: dict[str, Table] = {}
+        pl_module.eval()
+        with (
+            torch.no_grad(),
+            silenced(pl_module, trainer),
+            backpropagated(pl_module),
+            _seams.autocast_context(trainer, "validation"),
+        ):
+            head: nn.Module | None = None
+            done = 0
+            for batch in self._everything:
+                batch = _seams.transferred(trainer, self._around(batch))
+                layout = self._find(trainer, step, batch)
+                if head is None and "features" in self._wanted and self._extractor is None:
+                    head = self._head(pl_module, layout, step, batch)
+                logits, features = self._look(step, batch, layout, head)
+                labels, inputs = self._labels(batch, layout), get(batch, layout.input_path)
+                if self._extractor is not None:
+                    features = self._extractor(inputs).flatten(1)
+                found = {"labels": labels, "logits": logits.float(), "features": features}
+                found["inputs"] = inputs if "inputs" in self._wanted else None
+                for name, values in found.items():
+                    if values is not None:
+                        tables.setdefault(name, Table(self._size)).write(done, values)
+                done += len(labels)
+        if done != self._size:
+            raise ValueError(
+                f"the loader delivered {done} of {self._size} rows when each was asked for once: DataFilter must see "
+                "every row. A collate function that drops rows, or a dataset whose length is wrong, does this"
+            )
+        dynamics = "dynamics" in self._wanted and self._train
+        self.observed = Observed(
+            labels=tables["labels"].values.long(),
+            logits=tables["logits"].values.float(),
+            features=tables["features"].values if "features" in tables else None,
+            inputs=tables["inputs"].values if "inputs" in tables else None,
+            margins=torch.stack(self._margins) if dynamics else None,
+            losses=torch.stack(self._losses) if dynamics else None,
+        )
+
+    def _look(
+        self, step: Callable[..., Any], batch: Any, layout: Layout, head: nn.Module | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits and features of a batch; the step is left as soon as they are there."""
+        kept: list[Tensor] = []
+
+        def cut(logits: Tensor) -> None:
+            raise LogitsReached(logits)
+
+        with ExitStack() as stack:
+            if head is not None:
+                hook = head.register_forward_pre_hook(lambda _, args: kept.append(args[0].detach()))
+                stack.callback(hook.remove)
+            try:
+                with layout.watched(cut):
+                    step(batch, *_seams.step_arguments(step, 0, 0))
+            except LogitsReached as reached:
+                return reached.logits, kept[-1].flatten(1) if kept else None
+        raise ValueError("the training step returned before it had computed the logits of a batch")
+
+    # --- where things are -----------------------------------------------------------------------------------------
+
+    def _labels(self, batch: Any, layout: Layout) -> Tensor:
+        return get(batch, layout.labels_path or ()).flatten()
+
+    def _find(self, trainer: Any, step: Callable[..., Any], batch: Any) -> Layout:
+        if self._layout is None:
+            self._layout, self._classes = find_layout(trainer, step, batch, self._places)
+        return self._layout
+
+    def _head(self, module: nn.Module, layout: Layout, step: Callable[..., Any], batch: Any) -> nn.Module | None:
+        """The module whose input are the features: the last one whose output are the logits, or the last Linear."""
+        if self._places.features is not None:
+            return submodule(module, self._places.features, "features")
+        called: list[tuple[nn.Module, Tensor]] = []
+        with ExitStack() as stack:
+            for child in uncompiled_modules(module):
+                if next(child.children(), None) is None:
+                    stack.enter_context(on_call(child, lambda m, out: called.append((m, out))))
+            logits, _ = self._look(step, batch, layout, None)
+        same = [
+            m for m, out in called if isinstance(out, Tensor) and out.shape == logits.shape and torch.equal(out, logits)
+        ]
+        linear = [m for m, _ in called if isinstance(m, nn.Linear)]
+        return (same or linear or [None])[-1]
+
+
+def find_layout(trainer: Any, step: Callable[..., Any], batch: Any, places: Places) -> tuple[Layout, int]:
+    """Where input, labels and logits are, and the number of classes.
+
+    Raises:
+        ValueError: the task is no classification, or they were not found; the message says what to set.
+    """
+    module = trainer.lightning_module
+    part = get(batch, places.loader)
+    input_path = find_input(part, places.inputs)
+    candidates = tuple((*places.loader, *p) for p in label_candidates(part, input_path, places.labels))
+    input_path = (*places.loader, *input_path)
+    layout = Layout(input_path, candidates[0] if candidates else None, candidates=candidates)
+    arguments = _seams.step_arguments(step, 0, 0)
+
+    def victim(layout: Layout) -> StepVictim:
+        sandbox = Sandbox(module, trainer, get(batch, input_path).device)
+        return StepVictim(module, lambda b: step(b, *arguments), batch, layout, sandbox, own_loss=False)
+
+    named = None if places.logits is None else submodule(module, places.logits)
+    with torch.enable_grad():
+        found = find_logits(victim(layout), module, named)
+        if found is None or found.labels_path is None:
+            raise ValueError(
+                "DataFilter found no logits that fit labels in the training step: its filters judge labels of a "
+                'classification. Name the submodule that returns the logits with logits="…" and the labels with '
+                'labels="…", or choose filters that need inputs only'
+            )
+        return found, victim(found).logits(get(batch, input_path)).shape[1]
+
+
+@dataclass
+class Table:
+    """Values of all rows: float32 in memory, or float16 in a temporary file when large.
+
+    Attributes:
+        size: number of rows.
+    """
+
+    size: int
+    _values: Tensor | None = field(default=None, repr=False)
+
+    def write(self, start: int, values: Tensor) -> None:
+        """Rows from ``start`` on; what lies beyond the table is left for the caller to notice."""
+        values = values.detach().cpu()
+        if self._values is None:
+            self._values = self._room(values)
+        if values.shape[1:] != self._values.shape[1:]:
+            raise ValueError(
+                f"rows have different shapes, {tuple(values.shape[1:])} and {tuple(self._values.shape[1:])}: filters "
+                "that compare rows need equal ones; resize them in the dataset, or choose other filters"
+            )
+        end = min(start + len(values), self.size)
+        self._values[start:end] = values[: max(0, end - start)].to(self._values.dtype)
+
+    def _room(self, like: Tensor) -> Tensor:
+        shape = (self.size, *like.shape[1:])
+        if not like.is_floating_point() or math.prod(shape) * 4 <= IN_MEMORY:
+            return torch.empty(shape, dtype=torch.float32 if like.is_floating_point() else like.dtype)
+        with tempfile.NamedTemporaryFile(suffix=".f16") as file:  # unlinked at once: it lives as long as it is mapped
+            return torch.from_numpy(np.memmap(file.name, np.float16, "w+", shape=shape))
+
+    @property
+    def values(self) -> Tensor:
+        assert self._values is not None  # noqa: S101  (a table is made for the first values)
+        return self._values

@@ -1,0 +1,90 @@
+"""What data validation cannot be given or combined with, each with the reason and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from robust_train.callbacks import _seams
+from robust_train.poisoning.schema import JOINT_RULES, RULES, Schema
+
+MODES = ("strict", "quarantine")
+
+
+def check_settings(validation: Any) -> None:
+    """What DataValidation was given.
+
+    Raises:
+        ValueError: a setting is out of range, or contradicts another.
+    """
+    for name in ("infer_batches", "remember_rows"):
+        value = getattr(validation, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"data_validation.{name} must be a whole number >= 1, got {value!r}")
+    if validation.mode not in MODES:
+        raise ValueError(f"data_validation.mode must be one of {', '.join(MODES)}, got {validation.mode!r}")
+    unknown = [rule for rule in validation.skip if rule not in RULES]
+    if unknown:
+        raise ValueError(f"data_validation.skip must be a list of rules out of {', '.join(RULES)}, got {unknown!r}")
+    if not isinstance(validation.schema, (Schema, str, Path)):
+        raise ValueError(f"data_validation.schema must be a path, a Schema or 'infer', got {validation.schema!r}")
+    if validation.trusted is not None and validation.schema != "infer":
+        raise ValueError('data_validation.trusted is what a schema is inferred from: it needs schema="infer"')
+
+
+def refuse_what_cannot_work(trainer: Any, module: Any, validation: Any, schema: Schema | None) -> None:
+    """Before anything is trained.
+
+    Args:
+        trainer: the user's.
+        module: the user's.
+        validation: the callback.
+        schema: as far as it is known.
+
+    Raises:
+        ValueError: a setting cannot be combined with DataValidation; the message names it and the way out.
+    """
+    for reason in _reasons(trainer, module, validation, schema):
+        raise ValueError(reason)
+
+
+def _reasons(trainer: Any, module: Any, validation: Any, schema: Schema | None) -> Iterator[str]:
+    same = [c for c in trainer.callbacks if isinstance(c, type(validation)) and c.name == validation.name]
+    if len(same) > 1:
+        yield (
+            f"two DataValidation callbacks with name={validation.name!r} would write the same files and metrics: keep "
+            "one, or give each a name of its own"
+        )
+    if _seams.takes_iterator(module):
+        yield (
+            "DataValidation cannot see the batch of a training_step(self, dataloader_iter): take "
+            "training_step(self, batch, batch_idx) instead"
+        )
+    # by name: privacy is not loaded for a run that does without it
+    if any(cls.__name__ == "DPSGD" for c in trainer.callbacks for cls in type(c).__mro__):
+        yield from _against_privacy(validation, schema)
+
+
+def _against_privacy(validation: Any, schema: Schema | None) -> Iterator[str]:
+    if validation.mode == "quarantine":
+        yield (
+            'DataValidation(mode="quarantine") cannot work with DPSGD: leaving rows out of a batch changes the '
+            'sampling that epsilon is computed from. Use mode="strict", which names the rows, and remove them from the '
+            "dataset"
+        )
+    if validation.schema == "infer" and validation.trusted is None:
+        yield (
+            'DataValidation(schema="infer") cannot work with DPSGD: the schema would publish values of private rows '
+            "without noise. Give trusted=… (public data), or schema=… that was written by hand"
+        )
+    active = {
+        "balance": schema is None or schema.shares is not None,
+        "conflicts": schema is None or not schema.conflicting_labels,
+    }
+    joint = [rule for rule in JOINT_RULES if active[rule] and rule not in validation.skip]
+    if joint:
+        yield (
+            f"DataValidation's rules {' and '.join(joint)} cannot work with DPSGD: they look at rows together, so that "
+            f"one example decides over others. Switch them off with skip={joint}"
+        )

@@ -1,0 +1,260 @@
+"""From scores to decisions: thresholds that are calibrated in the run itself, and caps on what may be taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+ACTIONS = ("quarantine", "drop", "downweight")
+LEAST_CANARIES = 10
+STEPS = 99  # thresholds that are tried: quantiles of the canaries' scores
+SLACK = 0.5  # standard errors that are added to the estimated share of noise
+MOST_POWER = 0.97  # the last few canaries are not chased: they look clean
+TAIL = 0.3  # share of the canaries that must lie above a threshold for the share of noise to be read there
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which rows one filter flags, and how its threshold came about.
+
+    Attributes:
+        flagged: bool ``(N,)``.
+        threshold: scores above it are flagged; None where no single number says it, or where nothing was decided.
+        calibration: plain builtins for the report: ``method``, ``expected_fpr``, ``power``, ``note`` and more.
+    """
+
+    flagged: np.ndarray
+    threshold: float | None
+    calibration: dict[str, Any]
+
+
+def share_of_noise(scores: np.ndarray, canaries: np.ndarray) -> float:
+    """The share of rows that can be as suspicious as the canaries.
+
+    If a share ``r`` of the rows is drawn from the canaries' distribution, at least ``r`` times the canaries' tail lies
+    above every threshold. The estimate is the smallest ratio of the two tails, with half a standard error in each.
+
+    Args:
+        scores: of ordinary rows, ``(N,)``.
+        canaries: scores of rows that are known to be bad, ``(K,)``.
+
+    Reference:
+        Blanchard, Lee and Scott, "Semi-Supervised Novelty Detection", 2010, section 5 (mixture proportion).
+    """
+    bound, n, k = 1.0, len(scores), len(canaries)
+    for threshold in np.quantile(canaries, np.linspace(0.01, 1 - TAIL, STEPS)):
+        known, seen = (canaries > threshold).mean(), (scores > threshold).mean()
+        known = known - SLACK * np.sqrt(known * (1 - known) / k)
+        if known > 0:
+            bound = min(bound, (seen + SLACK * np.sqrt(seen * (1 - seen) / n)) / known)
+    return float(bound)
+
+
+def by_canaries(
+    scores: np.ndarray,
+    canary: np.ndarray,
+    *,
+    target_fpr: float,
+    min_power: float,
+    canary_scores: np.ndarray | None = None,
+    null: np.ndarray | None = None,
+) -> Verdict:
+    """Flag what is as suspicious as rows whose label is known to be wrong.
+
+    Of all thresholds at which the expected false-positive rate is at most ``target_fpr``, the one that finds most
+    canaries. The rate is what lies above the threshold beyond the estimated share of noise (``share_of_noise``), or the
+    share of trusted rows above it, whichever is larger.
+
+    Args:
+        scores: ``(N,)``; higher is more suspicious.
+        canary: bool ``(N,)``: rows that were given a wrong label for the time of the probe.
+        target_fpr: highest expected share of clean rows that are flagged.
+        min_power: least share of the canaries that must be found; below it nothing is flagged.
+        canary_scores: of the canaries under their wrong labels, ``(K,)``, where ``scores`` judges their own labels. None:
+            ``scores`` itself is under the wrong labels; canaries are then not judged.
+        null: scores of trusted rows, ``(T,)``, or None.
+
+    Guarantees:
+        With fewer than ten canaries, or where no threshold finds ``min_power`` of them, no row is flagged.
+    """
+    known = scores[canary] if canary_scores is None else canary_scores
+    ordinary = scores[~canary]
+    nothing = np.zeros(len(scores), dtype=bool)
+    evidence: dict[str, Any] = {"method": "label canaries", "canaries": len(known), "target_fpr": target_fpr}
+    if len(known) < LEAST_CANARIES or not len(ordinary):
+        return Verdict(nothing, None, {**evidence, "note": "too few canaries to calibrate with: nothing is decided"})
+    share = share_of_noise(ordinary, known)
+    best: tuple[float, float, float] | None = None
+    for threshold in np.unique(np.quantile(known, np.linspace(0.01, 0.99, STEPS))):
+        power = float((known > threshold).mean())
+        above = float((ordinary > threshold).mean())
+        fpr = max(0.0, above - share * power) / max(1 - share, 1e-9)
+        if null is not None:
+            fpr = max(fpr, float((null > threshold).mean()) - 1 / np.sqrt(len(null)) * target_fpr)
+        if fpr <= target_fpr and power <= MOST_POWER and (best is None or power > best[1]):
+            best = float(threshold), power, fpr
+    evidence["noise_at_most"] = share
+    if best is None or best[1] < min_power:
+        evidence["power"] = best[1] if best else 0.0
+        return Verdict(
+            nothing, None, {**evidence, "note": "too weak to tell clean rows from canaries: nothing is decided"}
+        )
+    threshold, power, fpr = best
+    flagged = scores > threshold
+    if canary_scores is None:
+        flagged &= ~canary
+    return Verdict(flagged, threshold, {**evidence, "expected_fpr": fpr, "power": power})
+
+
+def by_conflict(scores: np.ndarray) -> Verdict:
+    """Flag rows whose label half or more of their equals contradict: evidence that needs no calibration."""
+    return Verdict(scores >= 0.5, 0.5, {"method": "conflicting evidence", "expected_fpr": 0.0})
+
+
+def by_exclusion(
+    groups: np.ndarray,
+    margins: np.ndarray,
+    canary_own: np.ndarray,
+    canary_wrong: np.ndarray,
+    *,
+    most_agree: float = 0.25,
+    like_canaries: float = 0.12,
+) -> Verdict:
+    """Judge each proposed group by a model that was trained without it.
+
+    A group that belongs to its class is recognised as such, or nearly so. A group whose label comes from a trigger or a
+    rule is not: without it, its rows look like what they were before, and contradict their labels as strongly as rows
+    that were given a wrong label on purpose.
+
+    Args:
+        groups: int ``(N,)``, -1 where a row is in none.
+        margins: largest logit of another class minus that of the label, ``(N,)``, by a model that was trained without any
+            of the groups.
+        canary_own: the same of the canaries under their own labels, ``(K,)``; the model was trained without them too.
+        canary_wrong: under the wrong labels, ``(K,)``.
+        most_agree: share of a group's rows that the model may give their label.
+        like_canaries: least probability that a row of the group contradicts its label more than a canary does. Between
+            two equal distributions it is one half. One standard error of the estimate is asked for on top.
+
+    Reference:
+        Chen et al., "Detecting Backdoor Attacks on Deep Neural Networks by Activation Clustering", 2018, section 5
+        (exclusionary reclassification).
+    """
+    flagged, found = np.zeros(len(groups), dtype=bool), []
+    ordered = np.sort(canary_wrong)
+    for group in np.unique(groups[groups >= 0]):
+        rows = groups == group
+        agree = float((margins[rows] < 0).mean())
+        contradicts = float(np.searchsorted(ordered, margins[rows]).mean() / len(ordered)) if len(ordered) else 0.0
+        error = np.sqrt((1 / rows.sum() + 1 / max(len(ordered), 1)) / 12)  # of a Mann-Whitney statistic
+        bad = bool(agree <= most_agree and contradicts - error >= like_canaries)
+        flagged |= rows & bad
+        found.append(
+            {"group": int(group), "rows": int(rows.sum()), "agree": agree, "like_canaries": contradicts, "flagged": bad}
+        )
+    evidence = {
+        "method": "training without the groups",
+        "groups": found,
+        "agree_of_canaries": float((canary_own < 0).mean()) if len(canary_own) else None,
+        "most_agree": most_agree,
+        "like_canaries": like_canaries,
+    }
+    if len(ordered) < LEAST_CANARIES:
+        flagged[:] = False
+        evidence["note"] = "too few canaries to compare the groups with: nothing is decided"
+    return Verdict(flagged, None, evidence)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is done with suspicious rows, and how far that may go.
+
+    Args:
+        action: ``"quarantine"``: left out of training and listed, so that they can be looked at and restored;
+            ``"drop"``: left out; ``"downweight"``: drawn less often.
+        target_fpr: expected share of clean rows that a filter may flag.
+        min_power: share of the canaries that a filter must find for its verdict to count.
+        max_drop: largest share of all rows that may be touched. What goes beyond it is kept, the least suspicious first,
+            and the report says so: a larger value is your explicit consent.
+        max_drop_per_class: the same of each class.
+        weight: how often a down-weighted row is drawn, relative to the others.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    action: str = "quarantine"
+    target_fpr: float = 0.01
+    min_power: float = 0.3
+    max_drop: float = 0.3
+    max_drop_per_class: float = 0.5
+    weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ValueError(f"policy.action must be one of {', '.join(ACTIONS)}, got {self.action!r}")
+        for name in ("target_fpr", "min_power", "max_drop", "max_drop_per_class", "weight"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+                raise ValueError(f"policy.{name} must be in (0, 1], got {value!r}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What becomes of each row.
+
+    Attributes:
+        touched: bool ``(N,)``: quarantined, dropped or down-weighted.
+        capped: bool ``(N,)``: flagged, and kept because of a cap.
+        notes: sentences for the report.
+    """
+
+    touched: np.ndarray
+    capped: np.ndarray
+    notes: list[str] = field(default_factory=list)
+
+
+def decide(
+    flagged: Mapping[str, np.ndarray],
+    scores: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    policy: Policy,
+    restored: Sequence[int] | np.ndarray = (),
+) -> Outcome:
+    """Touch what some filter flags, within the caps.
+
+    Args:
+        flagged: bool ``(N,)`` by filter.
+        scores: ``(N,)`` by filter; higher is more suspicious.
+        labels: int ``(N,)``.
+        policy: the caps.
+        restored: rows that a person looked at and restored; they are kept whatever the filters say.
+
+    Guarantees:
+        At most ``max_drop`` of all rows and ``max_drop_per_class`` of a class are touched; restored rows never are.
+    """
+    n = len(labels)
+    touched, severity = np.zeros(n, dtype=bool), np.zeros(n)
+    for name, rows in flagged.items():
+        touched |= rows
+        ranks = np.empty(n)
+        ranks[np.argsort(scores[name], kind="stable")] = np.arange(n) / max(n - 1, 1)
+        severity += rows * (1 + ranks)
+    touched[np.asarray(restored, dtype=int)] = False
+    wanted, notes = touched.copy(), []
+
+    def cap(among: np.ndarray, most: float, what: str) -> None:
+        allowed, asked = int(most * among.sum()), int((touched & among).sum())
+        if asked > allowed:
+            order = np.flatnonzero(touched & among)
+            order = order[np.argsort(-severity[order], kind="stable")]
+            touched[order[allowed:]] = False
+            notes.append(f"{asked} rows of {what} were flagged, and no more than {allowed} may be touched ({most:g}).")
+
+    for label in np.unique(labels):
+        cap(labels == label, policy.max_drop_per_class, f"class {label}")
+    cap(np.ones(n, dtype=bool), policy.max_drop, "the data")
+    return Outcome(touched, wanted & ~touched, notes)

@@ -1,0 +1,54 @@
+"""How a filter gets to see what a model makes of the rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+
+STEPS = 700  # optimizer steps that a probe is given where its number of epochs is not
+FEWEST, MOST = 3, 20
+CANARIES = (0.02, 50, 2000)  # share, and fewest and most rows
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A copy of the user's module, trained for a few epochs on the user's data.
+
+    Args:
+        epochs: how long; None: about ``STEPS`` optimizer steps, in 3 to 20 epochs.
+        checkpoint: a file whose weights the copy takes instead of being trained. There are no training dynamics then.
+        extractor: maps inputs to features ``(B, D)``, for example a network trained elsewhere; None: what the module's
+            last layer is given.
+        canaries: share of the rows that bear a wrong label while the probe is trained; None: 2 %, between 50 and 2,000
+            rows. Thresholds are calibrated with them.
+        seed: of everything that is drawn.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    epochs: int | None = None
+    checkpoint: str | None = None
+    extractor: nn.Module | None = None
+    canaries: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and (isinstance(self.epochs, bool) or self.epochs < 1):
+            raise ValueError(f"probe.epochs must be a whole number >= 1, got {self.epochs!r}")
+        if self.checkpoint is not None and self.epochs is not None:
+            raise ValueError("probe.epochs must be left out with probe.checkpoint, whose weights are not trained on")
+        if self.canaries is not None and not 0 < self.canaries <= 0.2:
+            raise ValueError(f"probe.canaries must be a share in (0, 0.2], got {self.canaries!r}")
+
+    def epochs_for(self, batches: int) -> int:
+        """How many epochs of so many batches."""
+        return self.epochs or min(MOST, max(FEWEST, math.ceil(STEPS / max(batches, 1))))
+
+    def canaries_for(self, size: int) -> int:
+        """How many of ``size`` rows bear a wrong label; at most a fifth of them."""
+        share, fewest, most = CANARIES
+        count = round(self.canaries * size) if self.canaries else min(most, max(fewest, round(share * size)))
+        return min(count, size // 5)
