@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from robust_train.evasion.threat import Threat as Threat
     from robust_train.evasion.victim import ClassifierVictim as ClassifierVictim
     from robust_train.evasion.victim import Victim as Victim
-    from robust_train.poisoning.decide import Policy as Policy
+    from robust_train.poisoning.policy import Policy as Policy
     from robust_train.poisoning.probe import Probe as Probe
     from robust_train.privacy.plan import PrivacyPlan as PrivacyPlan
 
@@ -49,7 +49,7 @@ _HOME = {
     "PGD": "evasion.attacks.pgd",
     "PGDAT": "evasion.objectives.pgd_at",
     "PoisonSimulation": "callbacks.poison_simulation",
-    "Policy": "poisoning.decide",
+    "Policy": "poisoning.policy",
     "PrivacyPlan": "privacy.plan",
     "Probe": "poisoning.probe",
     "RobustAccuracy": "evasion.metrics",

@@ -8,8 +8,9 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from robust_train.config import ConfigError, build
 from robust_train.hydra_plugin import CommandLineSearchPath, config_dir, register
@@ -29,11 +31,8 @@ CURVE_STEPS = 20
 
 def main() -> None:
     """Entry point; torch is imported only once a run begins, so that ``--help`` answers at once."""
-    if sys.argv[1:2] == ["privacy"]:
-        from robust_train.privacy import command
-        from robust_train.report import epsilon_chart
-
-        command.main(sys.argv[2:], draw=epsilon_chart)
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        COMMANDS[sys.argv[1]](sys.argv[2:])
         return
     register()
     Plugins.instance().register(CommandLineSearchPath)
@@ -42,6 +41,72 @@ def main() -> None:
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name="train")(run)()
+
+
+def _privacy_command(argv: list[str]) -> None:
+    from robust_train.privacy import command
+    from robust_train.report import epsilon_chart
+
+    command.main(argv, draw=epsilon_chart)
+
+
+def _manifest_command(argv: list[str]) -> None:
+    from robust_train.custody import command
+
+    command.manifest_main(argv, _training_data)
+
+
+def _verify_command(argv: list[str]) -> None:
+    from robust_train.custody import command
+
+    command.verify_main(argv, _training_data)
+
+
+def _quarantine_command(argv: list[str]) -> None:
+    from robust_train.custody.digest import digest
+    from robust_train.poisoning import command
+    from robust_train.report._svg import png
+
+    command.main(argv, load=_training_data, digest=digest, draw=png)
+
+
+COMMANDS = {
+    "privacy": _privacy_command,
+    "manifest": _manifest_command,
+    "verify": _verify_command,
+    "quarantine": _quarantine_command,
+}
+
+
+@dataclass(frozen=True)
+class _TrainingData:
+    """What the commands on data work with."""
+
+    dataset: Any
+    label_of: Callable[[Any], Any] | None
+
+
+def _training_data(overrides: list[str]) -> _TrainingData:
+    """The training set that overrides such as ``data=fashion_mnist`` name."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    from robust_train.callbacks._batch import find_input, get, label_candidates
+
+    register()
+    Plugins.instance().register(CommandLineSearchPath)
+    try:
+        with initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
+            cfg = compose("train", overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    data = build(cfg.data, allow=list(cfg.allow))
+    data.prepare_data()
+    data.setup("fit")
+    dataset = data.train_dataloader().dataset
+    sample = dataset[0]
+    places = label_candidates(sample, find_input(sample))
+    return _TrainingData(dataset, (lambda example: int(get(example, places[0]))) if places else None)
 
 
 def run(cfg: DictConfig) -> float:
@@ -81,6 +146,7 @@ def _run(cfg: DictConfig) -> float:
         results[name] = {
             **_judge(cfg, models[name], data, threat, attacks),
             **privacy,
+            **_poisoning(cfg, folder / name, models[name], data),
             "train_seconds": round(seconds, 1),
         }
     summary = {
@@ -147,6 +213,10 @@ def _train(
     callbacks = [c for c in build(cfg.callbacks, allow=allow).values() if c is not None]
     if not defended:
         callbacks = [c for c in callbacks if not getattr(c, "defends", False)]
+    if (poison := _poison(cfg)) is not None:
+        from robust_train import PoisonSimulation
+
+        callbacks.append(PoisonSimulation(poison, cfg.task.classes))
     callbacks.append(ModelCheckpoint(folder / "checkpoints", filename="epoch{epoch}", auto_insert_metric_name=False))
     logger = CSVLogger(folder, name="", version="")
     trainer = build(
@@ -162,6 +232,27 @@ def _train(
         warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning's own affair
         trainer.fit(model, data)
     return model, data, _privacy(folder)
+
+
+def _poison(cfg: DictConfig) -> Any:
+    return None if cfg.get("poison") is None else build(cfg.poison, allow=list(cfg.allow))
+
+
+def _poisoning(cfg: DictConfig, folder: Path, model: Any, data: Any) -> dict[str, Any]:
+    """What a simulated backdoor achieved on the test set, and what a filter left out; also the filter's page."""
+    from robust_train.poisoning.metrics import trigger_success
+    from robust_train.poisoning.poisons.backdoor import Backdoor
+    from robust_train.poisoning.records import REPORT_FILE, read_report
+    from robust_train.report.filtering import page_from_folder
+
+    found: dict[str, Any] = {}
+    if isinstance(poison := _poison(cfg), Backdoor):
+        found["attack_success_rate"] = trigger_success(model, data.test_dataloader(), poison, cfg.task.classes)["asr"]
+    if (folder / REPORT_FILE).is_file():
+        report = read_report(folder / REPORT_FILE)
+        found["filter_kept"] = report["kept"]
+        (folder / "filter_report.html").write_text(page_from_folder(folder), encoding="utf-8")
+    return found
 
 
 def _privacy(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from robust_train.hydra_plugin import config_dir, register
 
 CONF = config_dir("conf")
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
-METHODS = ("attack", "objective", "callback", "clipping", "filter", "poison")
+METHODS = ("attack", "objective", "callback", "clipping", "filter", "poison", "policy", "probe")
 NEEDED = {"callback/dp_sgd": {"noise_multiplier": 1.0}}  # what has no default that could be right for anyone
 REQUIRED = inspect.Parameter.empty
 

@@ -19,8 +19,9 @@ from robust_train.callbacks._inner import fit_copy
 from robust_train.callbacks._loaders import map_loaders, rebuilt
 from robust_train.callbacks._observer import Observed, Observer, Places, WrongLabels, margin
 from robust_train.callbacks._recorder import Recorder
-from robust_train.poisoning.decide import Outcome, Policy, Verdict, by_canaries, by_conflict, by_exclusion, decide
+from robust_train.poisoning.decide import Outcome, Verdict, by_canaries, by_conflict, by_exclusion, decide
 from robust_train.poisoning.filters.base import Filter, Rows, Scores
+from robust_train.poisoning.policy import Policy
 from robust_train.poisoning.probe import Probe
 from robust_train.poisoning.records import Column
 

@@ -138,6 +138,7 @@ class Observer(Callback):
         self._train, self._layout = train, None
         self._rows = np.empty(0, dtype=np.int64)
         self._seen: Tensor | None = None
+        self._own_labels = torch.full((size,), -1)
         self._margins: list[Tensor] = []
         self._losses: list[Tensor] = []
         self.observed: Observed | None = None
@@ -146,7 +147,9 @@ class Observer(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._own_step = pl_module.training_step
-        _seams.wrap_training_step(pl_module, lambda step, *args, **kwargs: self._step(trainer, step, args, kwargs))
+        self.unwrap = _seams.wrap_training_step(
+            pl_module, lambda step, *args, **kwargs: self._step(trainer, step, args, kwargs)
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._train:
@@ -174,8 +177,9 @@ class Observer(Callback):
                 f"a batch of {len(self._rows)} rows came out of the collate function with {len(labels)} labels: "
                 "DataFilter must know which row is which. Return every row"
             )
+        self._own_labels[torch.from_numpy(self._rows)] = labels.long().cpu()
         if self._wrong is not None:
-            labels = self._wrong.of(labels, self._classes, self._rows)
+            labels = self._wrong.of(labels, self.classes, self._rows)
             batch = replaced(
                 batch, layout.labels_path or (), labels.reshape(get(batch, layout.labels_path or ()).shape)
             )
@@ -188,6 +192,16 @@ class Observer(Callback):
             self._margins[-1][rows] = margin(logits, labels).cpu()
             self._losses[-1][rows] = cross_entropy(logits, labels, reduction="none").cpu()
         return output
+
+    @property
+    def epochs(self) -> int:
+        """How many began."""
+        return len(self._margins)
+
+    @property
+    def dynamics(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Margins and losses ``(epochs, M)``, NaN where a row was not drawn, and labels ``(M,)``, -1 where it never was."""
+        return torch.stack(self._margins), torch.stack(self._losses), self._own_labels
 
     # --- once it is over, still on its device ---------------------------------------------------------------------
 
@@ -264,7 +278,7 @@ class Observer(Callback):
 
     def _find(self, trainer: Any, step: Callable[..., Any], batch: Any) -> Layout:
         if self._layout is None:
-            self._layout, self._classes = find_layout(trainer, step, batch, self._places)
+            self._layout, self.classes = find_layout(trainer, step, batch, self._places)
         return self._layout
 
     def _head(self, module: nn.Module, layout: Layout, step: Callable[..., Any], batch: Any) -> nn.Module | None:

@@ -585,3 +585,8 @@ def validation_dataset(trainer: Any) -> Any:
     found = loaders.dataloader()
     found = found[0] if isinstance(found, (list, tuple)) and found else found
     return getattr(found, "dataset", None)
+
+
+def reload_train_loader(trainer: Any) -> None:
+    """Have the loop ask for the train loader again before its next epoch."""
+    trainer.fit_loop._combined_loader = None

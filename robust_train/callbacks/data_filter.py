@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from robust_train.callbacks import _seams
 from robust_train.callbacks._callback import Callback, plain
+from robust_train.callbacks._during import Watch
 from robust_train.callbacks._dp_run import run_folder
 from robust_train.callbacks._filter_files import Mask, write_outputs
 from robust_train.callbacks._filtering import Judge, Judged
@@ -29,12 +30,13 @@ from robust_train.callbacks._observer import Places
 from robust_train.custody.digest import digests
 from robust_train.custody.merkle import merkle_root
 from robust_train.evasion.randomness import preserved_rng
-from robust_train.poisoning.decide import Outcome, Policy
+from robust_train.poisoning.decide import Outcome
 from robust_train.poisoning.filters.aum import AUM
 from robust_train.poisoning.filters.base import Filter
 from robust_train.poisoning.filters.duplicates import Duplicates
 from robust_train.poisoning.filters.isolated_groups import IsolatedGroups
 from robust_train.poisoning.filters.trusted_margin import TrustedMargin
+from robust_train.poisoning.policy import Policy
 from robust_train.poisoning.probe import Probe
 from robust_train.poisoning.quarantine import Quarantine
 from robust_train.poisoning.records import Column
@@ -76,6 +78,11 @@ class DataFilter(Callback):
         labels: which part are the labels.
         logits: name of the submodule that returns the logits.
         features: name of the submodule whose input are the features; None: the layer that returns the logits.
+        when: ``"before"`` training, by a probe; or ``"during"`` it, by how the run itself learns the rows (AUM, small
+            loss), without a probe: for the first ``warmup_epochs`` every row is trained on, and a few bear wrong labels.
+        warmup_epochs: how many epochs are watched, if ``when="during"``.
+        restart: put weights, optimizers and schedules back to the start once the rows are judged, so that nothing
+            is left of what was learned from the suspects, and from wrong labels.
 
     Raises:
         ValueError: a setting is out of range. In ``setup``: what cannot be combined; before training: data that cannot be
@@ -116,9 +123,17 @@ class DataFilter(Callback):
         labels: str | int | None = None,
         logits: str | None = None,
         features: str | None = None,
+        when: str = "before",
+        warmup_epochs: int = 3,
+        restart: bool = True,
     ) -> None:
+        if when not in ("before", "during"):
+            raise ValueError(f"data_filter.when must be 'before' or 'during', got {when!r}")
+        if isinstance(warmup_epochs, bool) or not isinstance(warmup_epochs, int) or warmup_epochs < 1:
+            raise ValueError(f"data_filter.warmup_epochs must be a whole number >= 1, got {warmup_epochs!r}")
         if filters is None:
-            filters = [] if predicate is not None else [Duplicates(), AUM(), IsolatedGroups()]
+            default = [AUM()] if when == "during" else [Duplicates(), AUM(), IsolatedGroups()]
+            filters = [] if predicate is not None else default
             if trusted is not None:
                 filters.append(TrustedMargin())
         self.filters = named_filters(filters)
@@ -131,13 +146,20 @@ class DataFilter(Callback):
             raise ValueError(f"data_filter.trusted_size must be >= 2, and needs trusted=, got {trusted_size}")
         if trusted is None and (needy := [n for n, f in self.filters.items() if "trusted" in f.needs]):
             raise ValueError(f"data_filter.filters: {', '.join(needy)} needs trusted rows: give trusted=")
+        if when == "during" and (other := [n for n, f in self.filters.items() if f.needs != {"dynamics"}]):
+            raise ValueError(
+                f"data_filter.filters: {', '.join(other)} cannot judge rows while the run trains (when='during'), which "
+                "shows training dynamics only: use AUM or SmallLoss, or when='before'"
+            )
         if not self.filters and predicate is None:
             raise ValueError("data_filter.filters is empty: name a filter, or give a predicate")
         self.policy, self.probe = policy or Policy(), probe or Probe()
         self.trusted, self.trusted_size, self.predicate = trusted, trusted_size, predicate
         self.quarantine, self.mask, self.loader = quarantine, mask, loader
         self.inputs, self.labels, self.logits, self.features = inputs, labels, logits, features
+        self.when, self.warmup_epochs, self.restart = when, warmup_epochs, restart
         self._mask: Mask | None = None
+        self._watch: Watch | None = None
         self._resumed = False
         self._judged: Any = None  # the dataset that the mask is for
         self._place: tuple[str | int, ...] = ()
@@ -145,7 +167,7 @@ class DataFilter(Callback):
 
     def settings(self) -> dict[str, Any]:
         names = ("filters", "policy", "trusted_size", "quarantine", "mask", "loader")
-        names += ("inputs", "labels", "logits", "features")
+        names += ("inputs", "labels", "logits", "features", "when", "warmup_epochs", "restart")
         trusted = self.trusted if self.trusted is None or isinstance(self.trusted, str) else type(self.trusted).__name__
         found = {name: plain(getattr(self, name)) for name in names}
         probe = {k: v for k, v in plain(self.probe).items() if k != "extractor"}
@@ -179,14 +201,36 @@ class DataFilter(Callback):
         self._undo.callback(_seams.exchange_train_loader(trainer, lambda loaders: self._exchange(loaders), ORDER))
         self._undo.callback(_seams.once_restored(trainer, lambda: self._begin(trainer, pl_module)))
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._watch is not None:
+            self._watch.begin()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._watch is not None:
+            self._watch.batch_begins(batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._watch is not None and self._watch.epochs >= self.warmup_epochs:
+            self._purge(trainer, self._watch)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._watch is not None:
+            self._watch.epoch_begins()
         if self._mask is not None:
             pl_module.log("filter/kept", float(self._mask.keep.sum()), rank_zero_only=True)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._undo.close()
+        self._leave()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._watch is not None:
+            self._watch.end(restart=False)
+            self._watch = None
         self._undo.close()
 
     # --- work -----------------------------------------------------------------------------------------------------
@@ -220,6 +264,9 @@ class DataFilter(Callback):
                     return
                 loader = check_loader(loader)
                 folder = run_folder(trainer)
+                if self.when == "during" and self._mask is None and self.mask is None and self.filters:
+                    self._watch = self._watching(trainer, module, loader)
+                    return
                 state = _seams.wait_for_first(trainer, lambda: self._decide(trainer, module, loaders, loader, folder))
         self._judged = loader.dataset
         if not trainer.is_global_zero or self._mask is None:
@@ -248,35 +295,76 @@ class DataFilter(Callback):
             if folder is not None:
                 known.write(folder / Mask.FILE)
             return known.to_dict()
-        earlier = None if self.quarantine is None else Quarantine.read(self.quarantine)
-        restored = np.zeros(size, dtype=bool) if earlier is None else earlier.restored(size, digests=content, root=root)
+        earlier, restored = self._earlier(size, content, root)
         if trainer.fast_dev_run and self.filters:
             rank_zero_info("DataFilter: fast_dev_run, so a few rows are judged, and none is left out.")
             keep = self._quick(trainer, module, loaders, loader, size)
             self._mask = Mask(keep, root, self.policy.action)
             return self._mask.to_dict()
-        judged = self._judge(trainer, module, loaders, loader, np.flatnonzero(restored))
+        judged = self._judge(trainer, module, loaders, loader, restored)
+        return self._settle(trainer, judged, loader, content, root, earlier, folder).to_dict()
+
+    def _earlier(self, size: int, content: list[str] | None, root: str) -> tuple[Quarantine | None, np.ndarray]:
+        """The quarantine of an earlier run, and the numbers of the rows that were restored from it."""
+        if self.quarantine is None:
+            return None, np.empty(0, dtype=np.int64)
+        earlier = Quarantine.read(self.quarantine)
+        return earlier, np.flatnonzero(earlier.restored(size, digests=content, root=root))
+
+    def _settle(
+        self,
+        trainer: Any,
+        judged: Judged,
+        loader: DataLoader[Any],
+        content: list[str] | None,
+        root: str,
+        earlier: Quarantine | None,
+        folder: Path | None,
+    ) -> Mask:
+        """From what was found to a mask, and the files that say why."""
         touched = judged.outcome.touched
         downweight = self.policy.action == "downweight"
         weights = np.where(touched, self.policy.weight, 1.0) if downweight else None
-        keep = np.ones(size, dtype=bool) if downweight else ~touched
+        keep = np.ones(len(touched), dtype=bool) if downweight else ~touched
         self._mask = Mask(keep, root, self.policy.action, weights)
         for note in judged.outcome.notes:
             rank_zero_warn(f"DataFilter: {note} A larger policy.max_drop or max_drop_per_class is your consent.")
-        if folder is not None:
-            write_outputs(
-                folder,
-                judged,
-                self._mask,
-                content,
-                root,
-                self.settings(),
-                loader,
-                self.inputs,
-                simulation(trainer, judged),
-                earlier,
+        if folder is not None and trainer.is_global_zero:
+            known = simulation(trainer, judged)
+            settings = self.settings()
+            write_outputs(folder, judged, self._mask, content, root, settings, loader, self.inputs, known, earlier)
+        return self._mask
+
+    def _watching(self, trainer: Any, module: Any, loader: DataLoader[Any]) -> Watch:
+        """From here on the run is watched; what the rows are is settled after the warm-up."""
+        if self._place:
+            raise ValueError(
+                "DataFilter(when='during') needs one train loader: use when='before', or put them together"
             )
-        return self._mask.to_dict()
+        if any(type(c).__name__ == "AdversarialTraining" for c in trainer.callbacks):
+            raise ValueError(
+                "DataFilter(when='during') and AdversarialTraining: how adversarial examples are learned says little of "
+                "the rows. Use DataFilter(when='before')"
+            )
+        self._judged = loader.dataset
+        size = len(loader.dataset)  # type: ignore[arg-type]
+        places = Places((), self.inputs, self.labels, self.logits, self.features)
+        self.announce(trainer, f"active. Rows are judged after {self.warmup_epochs} epochs of this run.")
+        return Watch(trainer, module, size, places, self.probe, restart=self.restart)
+
+    def _purge(self, trainer: Any, watch: Watch) -> None:
+        """Judge the rows by the epochs so far, and go on without the suspects."""
+        loader = self._choose(_seams.train_loader_before(trainer, ORDER))
+        content, root = _seams.wait_for_first(trainer, lambda: identity(loader.dataset))
+        earlier, restored = self._earlier(len(loader.dataset), content, root)
+        judged = watch.judge(self.filters, self.policy, restored)
+        folder = run_folder(trainer)
+        keep = self._settle(trainer, judged, loader, content, root, earlier, folder).keep
+        self._judged, self._watch = loader.dataset, None
+        watch.end(restart=self.restart)
+        _seams.reload_train_loader(trainer)
+        again = " Training starts again from the beginning." if self.restart else ""
+        rank_zero_info(f"DataFilter: {int(keep.sum())} of {len(keep)} rows are trained on from here.{again}")
 
     def _judge(self, trainer: Any, module: Any, loaders: Any, loader: DataLoader[Any], restored: np.ndarray) -> Judged:
         dataset: Any = loader.dataset

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-ACTIONS = ("quarantine", "drop", "downweight")
+from robust_train.poisoning.policy import Policy
+
 LEAST_CANARIES = 10
 STEPS = 99  # thresholds that are tried: quantiles of the canaries' scores
 SLACK = 0.5  # standard errors that are added to the estimated share of noise
@@ -97,6 +98,7 @@ def by_canaries(
         if fpr <= target_fpr and power <= MOST_POWER and (best is None or power > best[1]):
             best = float(threshold), power, fpr
     evidence["noise_at_most"] = share
+    evidence["canary_scores"] = [round(float(v), 4) for v in np.quantile(known, np.linspace(0, 1, min(len(known), 200)))]
     if best is None or best[1] < min_power:
         evidence["power"] = best[1] if best else 0.0
         return Verdict(
@@ -111,7 +113,7 @@ def by_canaries(
 
 def by_conflict(scores: np.ndarray) -> Verdict:
     """Flag rows whose label half or more of their equals contradict: evidence that needs no calibration."""
-    return Verdict(scores >= 0.5, 0.5, {"method": "conflicting evidence", "expected_fpr": 0.0})
+    return Verdict(scores > 0.4, 0.4, {"method": "conflicting evidence", "expected_fpr": 0.0})
 
 
 def by_exclusion(
@@ -166,40 +168,6 @@ def by_exclusion(
         flagged[:] = False
         evidence["note"] = "too few canaries to compare the groups with: nothing is decided"
     return Verdict(flagged, None, evidence)
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What is done with suspicious rows, and how far that may go.
-
-    Args:
-        action: ``"quarantine"``: left out of training and listed, so that they can be looked at and restored;
-            ``"drop"``: left out; ``"downweight"``: drawn less often.
-        target_fpr: expected share of clean rows that a filter may flag.
-        min_power: share of the canaries that a filter must find for its verdict to count.
-        max_drop: largest share of all rows that may be touched. What goes beyond it is kept, the least suspicious first,
-            and the report says so: a larger value is your explicit consent.
-        max_drop_per_class: the same of each class.
-        weight: how often a down-weighted row is drawn, relative to the others.
-
-    Raises:
-        ValueError: a setting is out of range.
-    """
-
-    action: str = "quarantine"
-    target_fpr: float = 0.01
-    min_power: float = 0.3
-    max_drop: float = 0.3
-    max_drop_per_class: float = 0.5
-    weight: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.action not in ACTIONS:
-            raise ValueError(f"policy.action must be one of {', '.join(ACTIONS)}, got {self.action!r}")
-        for name in ("target_fpr", "min_power", "max_drop", "max_drop_per_class", "weight"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-                raise ValueError(f"policy.{name} must be in (0, 1], got {value!r}")
 
 
 @dataclass(frozen=True)
