@@ -214,9 +214,11 @@ def _train(
     if not defended:
         callbacks = [c for c in callbacks if not getattr(c, "defends", False)]
     if (poison := _poison(cfg)) is not None:
-        from robust_train import PoisonSimulation
+        from robust_train import PGD, PoisonSimulation
 
-        callbacks.append(PoisonSimulation(poison, cfg.task.classes))
+        # PGD makes clean-label poison work; other poisons have no use for it
+        threat = build(cfg.threat, allow=allow)
+        callbacks.append(PoisonSimulation(poison, cfg.task.classes, PGD(steps=20), threat))
     callbacks.append(ModelCheckpoint(folder / "checkpoints", filename="epoch{epoch}", auto_insert_metric_name=False))
     logger = CSVLogger(folder, name="", version="")
     trainer = build(

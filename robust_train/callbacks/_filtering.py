@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 REFERENCE = "reference_margin"
+ROUNDS = 2  # of references, at most
 FOLDS = 2  # of the trusted rows, for their own scores
 
 
@@ -252,40 +253,57 @@ class Judge:
         groups: dict[str, np.ndarray],
         suspects: np.ndarray,
     ) -> None:
-        """Train references without the suspects, and add their verdicts to ``columns``."""
-        n, canary, labels = self._size, wrong.rows, seen.labels
-        reference, trusted_logits, trusted_labels = self._reference(labels, suspects)
+        """Train references without the suspects, and add their verdicts to ``columns``.
+
+        A reference that finds many more suspects had learned from them; it is trained once more, without these.
+        """
+        canary, labels = wrong.rows, seen.labels
         misled = wrong.of(labels, seen.classes)
-        own, misled_margins = -margin(reference, labels), -margin(reference, misled)
-        name, scores, null, canary_scores = REFERENCE, Scores(own), None, misled_margins
-        for filter_name, method in self._filters.items():
-            if "trusted" in method.needs and len(self._trusted):
-                rows = Rows(
-                    labels,
-                    seen.classes,
-                    reference=reference,
-                    trusted_logits=trusted_logits,
-                    trusted_labels=trusted_labels,
-                )
-                name, scores, canary_scores = filter_name, method(rows), method(replace(rows, labels=misled)).values
-                null = method(
-                    replace(rows, labels=trusted_labels, reference=trusted_logits, trusted_logits=None)
-                ).values.numpy()
+        rounds = 0
+        while True:
+            reference, trusted_logits, trusted_labels = self._reference(labels, suspects)
+            rows = Rows(
+                labels,
+                seen.classes,
+                reference=reference,
+                trusted_logits=trusted_logits,
+                trusted_labels=trusted_labels,
+            )
+            name, scores, verdict = self._by_reference(rows, misled, canary)
+            columns[name] = scores, verdict
+            more, rounds = verdict.flagged & ~suspects, rounds + 1
+            suspects = suspects | more
+            if rounds == ROUNDS or more.sum() <= self._policy.target_fpr * self._size:
+                break
+        margins, misled_margins = (-margin(reference, y).numpy() for y in (labels, misled))
+        for filter_name, found in groups.items():
+            if (found >= 0).any():
+                by_group = by_exclusion(found, margins, margins[canary], misled_margins[canary])
+                columns[filter_name] = columns[filter_name][0], by_group
+
+    def _by_reference(self, rows: Rows, misled: Tensor, canary: np.ndarray) -> tuple[str, Scores, Verdict]:
+        """Name, scores and verdict of the trusted margin, or, without trusted rows, of the plain margin."""
+        assert rows.reference is not None  # noqa: S101
+        trusting = [name for name, method in self._filters.items() if "trusted" in method.needs]
+        if trusting and rows.trusted_labels is not None:
+            name = trusting[0]
+            method = self._filters[name]
+            scores, known = method(rows), method(replace(rows, labels=misled)).values
+            held_out = replace(rows, labels=rows.trusted_labels, reference=rows.trusted_logits, trusted_logits=None)
+            null = method(held_out).values.numpy()
+        else:
+            name, null = REFERENCE, None
+            scores, known = Scores(-margin(rows.reference, rows.labels)), -margin(rows.reference, misled)
         verdict = by_canaries(
             scores.values.numpy(),
             canary,
             target_fpr=self._policy.target_fpr,
             min_power=self._policy.min_power,
-            canary_scores=canary_scores.numpy()[canary],
+            canary_scores=known.numpy()[canary],
             null=null,
         )
-        verdict.flagged[self._trusted[self._trusted < n]] = False
-        columns[name] = scores, verdict
-        margins = own.numpy()
-        for filter_name, found in groups.items():
-            if (found >= 0).any():
-                by_group = by_exclusion(found, margins, margins[canary], misled_margins.numpy()[canary])
-                columns[filter_name] = columns[filter_name][0], by_group
+        verdict.flagged[self._trusted[self._trusted < self._size]] = False
+        return name, scores, verdict
 
     def _reference(self, labels: Tensor, suspects: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits of all N rows, and of the trusted ones by models that did not see them, with their labels."""

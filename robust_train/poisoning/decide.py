@@ -98,7 +98,9 @@ def by_canaries(
         if fpr <= target_fpr and power <= MOST_POWER and (best is None or power > best[1]):
             best = float(threshold), power, fpr
     evidence["noise_at_most"] = share
-    evidence["canary_scores"] = [round(float(v), 4) for v in np.quantile(known, np.linspace(0, 1, min(len(known), 200)))]
+    evidence["canary_scores"] = [
+        round(float(v), 4) for v in np.quantile(known, np.linspace(0, 1, min(len(known), 200)))
+    ]
     if best is None or best[1] < min_power:
         evidence["power"] = best[1] if best else 0.0
         return Verdict(
