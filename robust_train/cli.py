@@ -104,6 +104,10 @@ def _training_data(overrides: list[str]) -> _TrainingData:
     data.prepare_data()
     data.setup("fit")
     dataset = data.train_dataloader().dataset
+    if (poison := _poison(cfg)) is not None:
+        from robust_train.poisoning.dataset import PoisonedDataset
+
+        dataset = PoisonedDataset(dataset, poison, cfg.task.classes)
     sample = dataset[0]
     places = label_candidates(sample, find_input(sample))
     return _TrainingData(dataset, (lambda example: int(get(example, places[0]))) if places else None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from robust_train.callbacks import _seams
-from robust_train.callbacks._batch import Path, find_input, get, label_candidates, replaced
+from robust_train.callbacks._batch import Path, find_input, fresh, get, label_candidates, replaced, write_back
 from robust_train.callbacks._callback import Callback, submodule
 from robust_train.callbacks._recorder import Recorder
 from robust_train.callbacks._sandbox import Sandbox
 from robust_train.callbacks._seams import LogitsReached, backpropagated, on_call, silenced, uncompiled_modules
 from robust_train.callbacks._step import Layout, StepVictim, find_logits
+from robust_train.evasion.victim import as_logits
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -106,6 +108,14 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return own - logits.scatter(1, labels[:, None], -math.inf).amax(1)
 
 
+def scores_of(logits: Tensor) -> Tensor:
+    """Logits ``(B, classes)``, float32; where a model has one score an example, the other class has 0."""
+    if logits.numel() == len(logits):
+        logits = logits.reshape(-1, 1)
+        return torch.cat([torch.zeros_like(logits), logits], 1).float()
+    return as_logits(logits.float())
+
+
 class Observer(Callback):
     """Watches a nested run, and looks at every row once it is over.
 
@@ -171,7 +181,8 @@ class Observer(Callback):
             return step(*args, **kwargs)
         batch = kwargs["batch"] if "batch" in kwargs else args[0]
         layout = self._find(trainer, step, batch)
-        labels = self._labels(batch, layout)
+        path = layout.labels_path or ()
+        labels, sent, given = self._labels(batch, layout), batch, None
         if len(labels) != len(self._rows):
             raise ValueError(
                 f"a batch of {len(self._rows)} rows came out of the collate function with {len(labels)} labels: "
@@ -180,15 +191,16 @@ class Observer(Callback):
         self._own_labels[torch.from_numpy(self._rows)] = labels.long().cpu()
         if self._wrong is not None:
             labels = self._wrong.of(labels, self.classes, self._rows)
-            batch = replaced(
-                batch, layout.labels_path or (), labels.reshape(get(batch, layout.labels_path or ()).shape)
-            )
-        kwargs, args = ({**kwargs, "batch": batch}, args) if "batch" in kwargs else (kwargs, (batch, *args[1:]))
+            given = labels.reshape(get(batch, path).shape)
+            sent = replaced(batch, path, given)
+        kwargs, args = ({**kwargs, "batch": sent}, args) if "batch" in kwargs else (kwargs, (sent, *args[1:]))
         self._seen = None
         with layout.watched(lambda logits: setattr(self, "_seen", logits.detach())):
             output = step(*args, **kwargs)
+        if sent is not batch:
+            write_back(batch, sent, path, given)
         if self._seen is not None and "dynamics" in self._wanted:
-            logits, rows, labels = self._seen.float(), torch.from_numpy(self._rows), labels.long()
+            logits, rows, labels = scores_of(self._seen), torch.from_numpy(self._rows), labels.long()
             self._margins[-1][rows] = margin(logits, labels).cpu()
             self._losses[-1][rows] = cross_entropy(logits, labels, reduction="none").cpu()
         return output
@@ -220,22 +232,33 @@ class Observer(Callback):
             _seams.autocast_context(trainer, "validation"),
         ):
             head: nn.Module | None = None
+            extractor = copy.deepcopy(self._extractor)  # the user's stays where and as it is
+            if extractor is not None:
+                extractor.to(pl_module.device).eval()
             done = 0
             for batch in self._everything:
                 batch = _seams.transferred(trainer, self._around(batch))
                 layout = self._find(trainer, step, batch)
                 if head is None and "features" in self._wanted and self._extractor is None:
                     head = self._head(pl_module, layout, step, batch)
-                logits, features = self._look(step, batch, layout, head)
                 labels, inputs = self._labels(batch, layout), get(batch, layout.input_path)
-                if self._extractor is not None:
-                    features = self._extractor(inputs).flatten(1)
-                found = {"labels": labels, "logits": logits.float(), "features": features}
+                features = None if extractor is None else extractor(inputs.clone()).flatten(1)
+                logits, seen = self._look(step, batch, layout, head)
+                found = {
+                    "labels": labels,
+                    "logits": scores_of(logits),
+                    "features": seen if features is None else features,
+                }
                 found["inputs"] = inputs if "inputs" in self._wanted else None
                 for name, values in found.items():
                     if values is not None:
                         tables.setdefault(name, Table(self._size)).write(done, values)
                 done += len(labels)
+        if not torch.isfinite(tables["logits"].values).all():
+            raise ValueError(
+                "the copy of the module that DataFilter trains has logits that are not finite: it diverged. Train it for "
+                "less long (probe.epochs), or with a smaller learning rate"
+            )
         if done != self._size:
             raise ValueError(
                 f"the loader delivered {done} of {self._size} rows when each was asked for once: DataFilter must see "
@@ -262,47 +285,69 @@ class Observer(Callback):
 
         with ExitStack() as stack:
             if head is not None:
-                hook = head.register_forward_pre_hook(lambda _, args: kept.append(args[0].detach()))
+                hook = head.register_forward_pre_hook(
+                    lambda _, args, kwargs: kept.extend(_tensors((*args, *kwargs.values()))), with_kwargs=True
+                )
                 stack.callback(hook.remove)
             try:
                 with layout.watched(cut):
-                    step(batch, *_seams.step_arguments(step, 0, 0))
+                    step(fresh(batch), *_seams.step_arguments(step, 0, 0))
             except LogitsReached as reached:
-                return reached.logits, kept[-1].flatten(1) if kept else None
+                return reached.logits, kept[-1] if kept else None
         raise ValueError("the training step returned before it had computed the logits of a batch")
 
     # --- where things are -----------------------------------------------------------------------------------------
 
     def _labels(self, batch: Any, layout: Layout) -> Tensor:
-        return get(batch, layout.labels_path or ()).flatten()
+        """Labels as class indices, ``(B,)``.
+
+        Raises:
+            ValueError: one is none.
+        """
+        labels = get(batch, layout.labels_path or ()).flatten()
+        if bool(((labels < 0) | (labels >= self.classes)).any()):
+            strange = labels[(labels < 0) | (labels >= self.classes)][:3].tolist()
+            raise ValueError(
+                f"a batch has labels such as {strange}, and the module tells the classes 0 to {self.classes - 1} apart: "
+                "DataFilter must know the class of every row. Leave unlabelled rows out of the training data, or leave "
+                "them to a filter of your own: DataFilter(predicate=…)"
+            )
+        return labels
 
     def _find(self, trainer: Any, step: Callable[..., Any], batch: Any) -> Layout:
         if self._layout is None:
             self._layout, self.classes = find_layout(trainer, step, batch, self._places)
         return self._layout
 
-    def _head(self, module: nn.Module, layout: Layout, step: Callable[..., Any], batch: Any) -> nn.Module | None:
-        """The module whose input are the features: the last one whose output are the logits, or the last Linear."""
+    def _head(self, module: nn.Module, layout: Layout, step: Callable[..., Any], batch: Any) -> nn.Module:
+        """The module whose input are the features: the first one whose output are the logits, or the last Linear.
+
+        Raises:
+            ValueError: there is none.
+        """
         if self._places.features is not None:
             return submodule(module, self._places.features, "features")
         called: list[tuple[nn.Module, Tensor]] = []
         with ExitStack() as stack:
             for child in uncompiled_modules(module):
-                if next(child.children(), None) is None:
+                if all(name == "parametrizations" for name, _ in child.named_children()):
                     stack.enter_context(on_call(child, lambda m, out: called.append((m, out))))
             logits, _ = self._look(step, batch, layout, None)
-        same = [
-            m for m, out in called if isinstance(out, Tensor) and out.shape == logits.shape and torch.equal(out, logits)
-        ]
+        same = [m for m, out in called if isinstance(out, Tensor) and torch.equal(out.flatten(), logits.flatten())]
         linear = [m for m, _ in called if isinstance(m, nn.Linear)]
-        return (same or linear or [None])[-1]
+        if not same and not linear:
+            raise ValueError(
+                "DataFilter found no layer that returns the logits, whose input the features would be: name a submodule "
+                'whose input they are with features="…", or give Probe(extractor=…)'
+            )
+        return same[0] if same else linear[-1]
 
 
 def find_layout(trainer: Any, step: Callable[..., Any], batch: Any, places: Places) -> tuple[Layout, int]:
     """Where input, labels and logits are, and the number of classes.
 
     Raises:
-        ValueError: the task is no classification, or they were not found; the message says what to set.
+        ValueError: the task is no classification of whole examples, or they were not found; the message says what to set.
     """
     module = trainer.lightning_module
     part = get(batch, places.loader)
@@ -311,10 +356,19 @@ def find_layout(trainer: Any, step: Callable[..., Any], batch: Any, places: Plac
     input_path = (*places.loader, *input_path)
     layout = Layout(input_path, candidates[0] if candidates else None, candidates=candidates)
     arguments = _seams.step_arguments(step, 0, 0)
+    columns = [p for p in candidates if _is_column(get(batch, p))]
+    flat = batch
+    for path in columns:
+        flat = replaced(flat, path, get(batch, path)[:, 0])
+
+    def with_columns(batch: Any) -> Any:
+        for path in columns:
+            batch = replaced(batch, path, get(batch, path)[:, None])
+        return step(batch, *arguments)
 
     def victim(layout: Layout) -> StepVictim:
         sandbox = Sandbox(module, trainer, get(batch, input_path).device)
-        return StepVictim(module, lambda b: step(b, *arguments), batch, layout, sandbox, own_loss=False)
+        return StepVictim(module, with_columns, flat, layout, sandbox, own_loss=False)
 
     named = None if places.logits is None else submodule(module, places.logits)
     with torch.enable_grad():
@@ -323,9 +377,25 @@ def find_layout(trainer: Any, step: Callable[..., Any], batch: Any, places: Plac
             raise ValueError(
                 "DataFilter found no logits that fit labels in the training step: its filters judge labels of a "
                 'classification. Name the submodule that returns the logits with logits="…" and the labels with '
-                'labels="…", or choose filters that need inputs only'
+                'labels="…". For another task use DataFilter(predicate=…), which looks at one example at a time'
             )
-        return found, victim(found).logits(get(batch, input_path)).shape[1]
+        labels = get(flat, found.labels_path)
+        if labels.numel() != len(labels):
+            raise ValueError(
+                f"DataFilter judges one class an example, and the labels have shape {tuple(labels.shape)}: for dense, soft "
+                "or several labels use DataFilter(predicate=…), which looks at one example at a time"
+            )
+        return found, scores_of(victim(found).logits(get(batch, input_path))).shape[1]
+
+
+def _is_column(labels: Tensor) -> bool:
+    """Class indices ``(B, 1)``, which the user's step makes ``(B,)``."""
+    return labels.ndim == 2 and labels.shape[1] == 1 and not labels.is_floating_point()
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The first tensor of what a layer is called with, a row an example."""
+    return [v.detach().flatten(1) for v in values if isinstance(v, Tensor) and v.ndim > 1][:1]
 
 
 @dataclass

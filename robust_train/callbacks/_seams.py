@@ -7,7 +7,9 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
+from importlib import import_module
+from itertools import count
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +17,14 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from pytorch_lightning.utilities.data import _dataloader_init_kwargs_resolve_sampler
 from torch import Tensor, nn
+
+from robust_train.callbacks._state import (
+    LONGEST_CONTAINER,
+    SKIPPED_PACKAGES,
+    generator_state,
+    is_generator,
+    set_generator_state,
+)
 
 
 @contextmanager
@@ -502,10 +512,28 @@ def once_restored(trainer: Any, then: Callable[[], None]) -> Callable[[], None]:
     return undo
 
 
-def detached_copy(module: Any) -> Any:
-    """A deep copy of a LightningModule that belongs to no Trainer; the module's own Trainer is not copied with it."""
-    with patched(module, _trainer=None, _fabric=None):
-        return copy.deepcopy(module)
+def detached_copy(module: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy of a LightningModule that belongs to no Trainer, with steps of its own.
+
+    A callback that wraps ``training_step``, and ``torch.compile(LightningModule)``, leave a function in the instance
+    that would call the module itself.
+
+    Args:
+        module: the user's.
+        memo: of ``copy.deepcopy``, filled here: what became of which object.
+    """
+    compiled = module.__dict__.get("_compiler_ctx") is not None
+    with patched(module, _trainer=None, _fabric=None, _compiler_ctx=None):
+        new = copy.deepcopy(module, memo)
+    step = own = module.__dict__.get("training_step")
+    while isinstance(own, FunctionType) and "__wrapped__" in own.__dict__:  # see wrap_training_step
+        own = own.__dict__["__wrapped__"]
+    if compiled:
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            new.__dict__.pop(name, None)
+    elif own is not step:
+        new.__dict__["training_step"] = MethodType(own.__func__, new) if isinstance(own, MethodType) else own
+    return new
 
 
 def data_for(trainer: Any, loader: Any) -> dict[str, Any]:
@@ -518,21 +546,24 @@ def data_for(trainer: Any, loader: Any) -> dict[str, Any]:
     return {"datamodule": data}
 
 
+_turns = count()  # of waiting; all processes count alike
+
+
 def wait_for_first(trainer: Any, work: Callable[[], Any]) -> Any:
     """What ``work()`` returns on the first process, known to all; the others wait for it without a time limit.
 
     A collective operation would run into the process group's time-out while the first process trains a probe; a store
-    can be asked again and again.
+    can be asked again and again. Inside ``work``, torch knows of the first process only.
     """
     if trainer.world_size == 1:
         return work()
     store = torch.distributed.distributed_c10d._get_default_store()
-    trainer.strategy.__dict__["robust_train_waits"] = turn = trainer.strategy.__dict__.get("robust_train_waits", 0) + 1
-    key = f"robust_train/{turn}"
+    key = f"robust_train/{next(_turns)}"
     if trainer.is_global_zero:
         try:
-            found, error = work(), ""
-        except Exception as e:
+            with _alone():
+                found, error = work(), ""
+        except BaseException as e:
             store.set(key, f"{type(e).__name__}: {e}")
             raise
         store.set(key, error)
@@ -545,6 +576,32 @@ def wait_for_first(trainer: Any, work: Callable[[], Any]) -> Any:
     return trainer.strategy.broadcast(found)
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Inside, this process is the only one of its group: metrics of a nested run would wait for the others forever."""
+    group, world = torch.distributed.GroupMember, torch.distributed.GroupMember.WORLD
+    own = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
+    group.WORLD = own  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        group.WORLD = world  # pyright: ignore[reportAttributeAccessIssue]
+        torch.distributed.destroy_process_group(own)
+
+
+def trainer_class(trainer: Any) -> Any:
+    """Lightning's own Trainer, of the package that the user's comes from; a subclass may take other arguments."""
+    homes = ("pytorch_lightning.trainer.trainer", "lightning.pytorch.trainer.trainer")
+    return next(cls for cls in type(trainer).__mro__ if cls.__module__ in homes)
+
+
+def single_process_environment(trainer: Any) -> Any:
+    """For a nested Trainer, which must not take part in a cluster's requeueing and its checkpoints."""
+    package = trainer_class(trainer).__module__.partition(".")[0]
+    fabric = "lightning.fabric" if package == "lightning" else "lightning_fabric"
+    return import_module(f"{fabric}.plugins.environments").LightningEnvironment()
+
+
 def first_batch(loaders: Any) -> Any:
     """The first batch of several train loaders together, as the training loop puts it together."""
     combined = loaders if leaves_of(loaders) is not None else CombinedLoader(loaders, "max_size_cycle")
@@ -552,38 +609,46 @@ def first_batch(loaders: Any) -> Any:
 
 
 @contextmanager
-def generators_kept(loaders: Any) -> Iterator[None]:
-    """Generators that loaders and their samplers hold are as before afterwards, whatever was drawn inside."""
-    found: dict[int, tuple[torch.Generator, Tensor]] = {}
-    flat = leaves_of(loaders)
-    queue = list(flat) if flat is not None else [loaders]
+def generators_kept(*holders: Any) -> Iterator[None]:
+    """Generators that loaders, their samplers and datasets, and data modules hold are as before afterwards."""
+    found: dict[int, tuple[Any, Any]] = {}
+    seen: set[int] = set()
+    queue = [leaves_of(holder) or holder for holder in holders]
     while queue:
         item = queue.pop()
-        if isinstance(item, dict):
-            queue += item.values()
-        elif isinstance(item, (list, tuple)):
-            queue += item
-        else:
-            for name in ("generator", "sampler", "batch_sampler"):
-                held = getattr(item, name, None)
-                if isinstance(held, torch.Generator):
-                    found[id(held)] = held, held.get_state()
-                elif held is not None and held is not item:
-                    queue.append(held)
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if is_generator(item):
+            found[id(item)] = item, generator_state(item)
+        elif isinstance(item, MethodType):
+            queue.append(item.__self__)
+        elif isinstance(item, (dict, list, tuple)):
+            if len(item) <= LONGEST_CONTAINER:
+                queue += item.values() if isinstance(item, dict) else item
+        elif isinstance(item, nn.Module) or _may_draw(item):
+            queue += vars(item).values()
     try:
         yield
     finally:
         for generator, state in found.values():
-            generator.set_state(state)
+            set_generator_state(generator, state)
+
+
+def _may_draw(value: Any) -> bool:
+    """Whether it is an object of the user's, or of torch's for data, with attributes."""
+    package = type(value).__module__
+    of_data = package.startswith("torch.utils.data") or package.partition(".")[0] not in SKIPPED_PACKAGES
+    return of_data and hasattr(value, "__dict__") and not isinstance(value, (type, FunctionType, ModuleType))
 
 
 def validation_dataset(trainer: Any) -> Any:
     """The dataset of the run's first validation loader, or None."""
-    loaders = trainer.fit_loop.epoch_loop.val_loop._data_source
-    if not loaders.is_defined():
-        return None
-    found = loaders.dataloader()
-    found = found[0] if isinstance(found, (list, tuple)) and found else found
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    found = source.dataloader() if source.is_defined() else None
+    while (flat := leaves_of(found)) is not None or isinstance(found, (list, tuple, dict)):
+        several = list(found.values()) if isinstance(found, dict) else flat or list(found)
+        found = several[0] if several else None
     return getattr(found, "dataset", None)
 
 

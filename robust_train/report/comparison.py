@@ -47,21 +47,38 @@ def _epsilon(result: Mapping[str, Any]) -> str:
     return "void" if value is None else f"{math.ceil(100 * value) / 100:.2f} (delta {result['delta']:.1g})"
 
 
+EXTRA = {"attack_success_rate": "trigger works", "filter_kept": "rows kept"}  # of data filtering, where measured
+
+
+def _extra(results: Results) -> list[str]:
+    return [key for key in EXTRA if any(key in r for r in results.values())]
+
+
+def _extra_shown(key: str, result: Mapping[str, Any]) -> str:
+    if key not in result:
+        return "all" if key == "filter_kept" else "not measured"
+    return f"{100 * result[key]:.1f} %" if key == "attack_success_rate" else str(result[key])
+
+
 def as_table(results: Results, threat: str) -> str:
     """A plain-text table: one row a run, one column an attack.
 
     Args:
         results: metrics of each run by name: ``clean_acc``, ``robust_acc``, ``robust_acc_<attack>`` (or ``…_loss``);
-            ``epsilon`` and ``delta`` of a run that was trained privately.
+            ``epsilon`` and ``delta`` of a run that was trained privately; ``attack_success_rate`` of a simulated
+            trigger, and ``filter_kept``, rows that a filter kept.
         threat: the threat in words, for the heading.
     """
     kind, columns, private = _kind(results), _columns(results), _is_private(results)
-    head = ["", *(heading for _, heading in columns), *(["epsilon"] if private else []), "training"]
+    extra = _extra(results)
+    head = ["", *(heading for _, heading in columns), *(["epsilon"] if private else [])]
+    head += [*(EXTRA[key] for key in extra), "training"]
     body = [
         [
             name,
             *(_shown(r.get(key), kind) for key, _ in columns),
             *([_epsilon(r)] if private else []),
+            *(_extra_shown(key, r) for key in extra),
             f"{r['train_seconds']:.0f} s",
         ]
         for name, r in results.items()
@@ -78,6 +95,7 @@ def as_table(results: Results, threat: str) -> str:
 def as_csv(results: Results) -> str:
     """The same numbers, unrounded, one row a run."""
     columns = [key for key, _ in _columns(results)] + (["epsilon", "delta"] if _is_private(results) else [])
+    columns += _extra(results)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run", *columns, "train_seconds"])
