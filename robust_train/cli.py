@@ -245,11 +245,10 @@ def _poison(cfg: DictConfig) -> Any:
 
 
 def _poisoning(cfg: DictConfig, folder: Path, model: Any, data: Any) -> dict[str, Any]:
-    """What a simulated backdoor achieved on the test set, and what a filter left out; also the filter's page."""
+    """What a simulated backdoor achieved on the test set, and what a filter left out."""
     from robust_train.poisoning.metrics import trigger_success
     from robust_train.poisoning.poisons.backdoor import Backdoor
     from robust_train.poisoning.records import REPORT_FILE, read_report
-    from robust_train.report.filtering import page_from_folder
 
     found: dict[str, Any] = {}
     if isinstance(poison := _poison(cfg), Backdoor):
@@ -257,7 +256,6 @@ def _poisoning(cfg: DictConfig, folder: Path, model: Any, data: Any) -> dict[str
     if (folder / REPORT_FILE).is_file():
         report = read_report(folder / REPORT_FILE)
         found["filter_kept"] = report["kept"]
-        (folder / "filter_report.html").write_text(page_from_folder(folder), encoding="utf-8")
     return found
 
 

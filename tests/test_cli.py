@@ -142,7 +142,10 @@ def test_help_needs_no_torch():
         "assert 'torch' not in sys.modules and 'pytorch_lightning' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "recipe: dp_scatter, dp_sgd, dp_sgd_eps1, fgsm_rs, n_fgsm, pgd_at, standard, trades" in done.stdout
+    assert (
+        "recipe: dp_scatter, dp_sgd, dp_sgd_eps1, fgsm_rs, filtered, filtered_trusted, n_fgsm, pgd_at, standard, trades, validated"
+        in done.stdout
+    )
 
 
 def test_without_torchattacks_the_judges_that_need_it_are_named(monkeypatch, tmp_path, capsys):
@@ -150,3 +153,36 @@ def test_without_torchattacks_the_judges_that_need_it_are_named(monkeypatch, tmp
     out = run(monkeypatch, tmp_path, "recipe=standard", "trainer.fast_dev_run=true", *SMALL)
     assert "judge.attacks.apgd is not run: torchattacks is not installed" in capsys.readouterr().out
     assert "robust_acc_apgd" not in json.loads((out / "result.json").read_text())["results"]["standard"]
+
+
+def test_poisoned_data_are_filtered_and_measured(monkeypatch, tmp_path, capsys):
+    few = ("trainer.max_epochs=2", "judge.limit_batches=1", "judge.attacks.apgd=null", "trainer.log_every_n_steps=1")
+    chosen = ("recipe=filtered", "poison=badnets", "poison.size=2", "callbacks.data_filter.probe.epochs=2")
+    out = run(monkeypatch, tmp_path, *chosen, "baseline=true", *SMALL, *few)
+    results = json.loads((out / "result.json").read_text())["results"]
+    assert {"attack_success_rate", "clean_acc"} <= set(results["standard"]) & set(results["filtered"])
+    report = json.loads((out / "filtered" / "filter_report.json").read_text())
+    assert next(iter(report)) == "simulation"
+    assert report["simulation"]["poisoned_rows"] == 54
+    assert results["filtered"]["filter_kept"] == report["kept"]
+    assert "poisoned on purpose" in (out / "filtered" / "filter_report.html").read_text()
+    assert not (out / "standard" / "filter_report.json").exists()
+    assert "trigger works" in capsys.readouterr().out
+
+
+def test_a_manifest_is_written_verified_and_has_the_root_that_a_filter_reports(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["robust-train", "manifest", "data=digits"])
+    cli.main()
+    assert json.loads(Path("manifest.json").read_text())["root"] in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["robust-train", "verify", "manifest.json"])
+    cli.main()
+    assert "Equal" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["robust-train", "verify", "manifest.json", "data=digits", "data.seed=1"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    monkeypatch.setattr(sys, "argv", ["robust-train", "manifest", "data=nothing", "--out", "other.json"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2

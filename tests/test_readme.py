@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 LINES = [line.split("#")[0].split() for line in re.findall(r"^(robust-train .*)$", README, re.MULTILINE)]
-COMMANDS = [words for words in LINES if words[1] != "privacy"]
+COMMANDS = [words for words in LINES if "=" in words[1]]
 PLANS = [words for words in LINES if words[1] == "privacy"]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import random
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,10 +15,15 @@ import numpy as np
 import torch
 from torch.utils.data import Subset
 
+from robust_train.callbacks import _seams
 from robust_train.callbacks._batch import find_input, get
 from robust_train.callbacks._callback import plain
 from robust_train.callbacks._loaders import rebuilt
+from robust_train.custody.digest import digests
+from robust_train.custody.merkle import merkle_root
+from robust_train.evasion.randomness import preserved_rng
 from robust_train.poisoning._files import read_json, written_whole
+from robust_train.poisoning.policy import ACTIONS
 from robust_train.poisoning.quarantine import FILE as QUARANTINE_FILE
 from robust_train.poisoning.quarantine import Quarantine
 from robust_train.poisoning.records import (
@@ -28,10 +35,12 @@ from robust_train.poisoning.records import (
     write_decisions,
     write_report,
 )
+from robust_train.report.filtering import page_from_folder
 
 if TYPE_CHECKING:
     from robust_train.callbacks._filtering import Judged
 
+PAGE_FILE = "filter_report.html"
 PICTURES = 40
 LARGEST = 1 << 28  # bytes of a mask file
 
@@ -62,9 +71,9 @@ class Mask:
         """
         if len(self.keep) != size or self.root != root:
             raise ValueError(
-                f"DataFilter: the mask was made for {len(self.keep)} rows with root {self.root[:16]}…, and the training "
-                f"data now are {size} rows with root {root[:16]}…. Use the same data, or decide anew: start without this "
-                "mask or checkpoint"
+                f"DataFilter: the mask was made for {len(self.keep)} rows with root {self.root[:16]}…, and the train "
+                f"data now are {size} rows with root {root[:16]}…. Use the same data (train_dataloader() must give the "
+                "same rows in every call), or decide anew: with a new DataFilter, without this mask or checkpoint"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,12 +103,16 @@ class Mask:
             rows = state["rows"]
             if type(rows) is not int or rows < 1 or not isinstance(state["root"], str):
                 raise ValueError("rows or root is of another kind")
+            if state["action"] not in ACTIONS:
+                raise ValueError(f"action {state['action']!r:.20} is not known")
             keep, weights = unpacked(state["keep"], rows), None
             if state["weight"] is not None:
+                if not 0 < float(state["weight"]) <= 1:
+                    raise ValueError(f"weight {state['weight']!r:.20} is not in (0, 1]")
                 weights = np.ones(rows)
                 if state["light"] is not None:
                     weights[unpacked(state["light"], rows)] = float(state["weight"])
-            return cls(keep, state["root"], str(state["action"]), weights)
+            return cls(keep, state["root"], state["action"], weights)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is no mask of DataFilter: {error}") from error
 
@@ -162,10 +175,10 @@ def write_outputs(
         earlier: the quarantine whose restored rows were kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made = {"quarantine": "quarantine", "drop": "drop", "downweight": "downweight"}[mask.action]
     touched = judged.outcome.touched
-    weights = np.where(touched, 0.0, 1.0) if mask.weights is None else mask.weights
-    decision = np.where(touched, made, "keep")
+    out = "drop" if mask.action == "downweight" else mask.action  # only the predicate's rows are left out then
+    weights = mask.keep * (1.0 if mask.weights is None else mask.weights)
+    decision = np.where(touched, np.where(mask.keep, "downweight", out), "keep")
     decisions = Decisions(judged.labels, digests, tuple(judged.columns), decision, weights)
     images, rows = pictures(judged, loader, inputs)
     report = {
@@ -185,6 +198,7 @@ def write_outputs(
     mask.write(folder / Mask.FILE)
     write_decisions(folder / DECISIONS_FILE, decisions)
     write_report(folder / REPORT_FILE, plain(report))
+    (folder / PAGE_FILE).write_text(page_from_folder(folder), encoding="utf-8")
     if mask.action != "downweight":
         Quarantine.of(decisions, classes=judged.classes, root=root, before=earlier).write(folder / QUARANTINE_FILE)
 
@@ -195,8 +209,10 @@ def outcome_text(judged: Judged, mask: Mask) -> str:
     verb = {"quarantine": "quarantined", "drop": "dropped", "downweight": "drawn less often"}[mask.action]
     share = 100 * touched / len(mask.keep)
     weak = [c.name for c in judged.columns if str(c.calibration.get("note", "")).startswith("too weak")]
+    ranks = [c.name for c in judged.columns if c.calibration.get("method") == "none"]
     text = f"{touched} of {len(mask.keep)} rows ({share:.2f} %) are {verb}."
-    return text + (f" Too weak to tell: {', '.join(weak)}." if weak else "")
+    text += f" Too weak to tell: {', '.join(weak)}." if weak else ""
+    return text + (f" Ranked, and nothing decided: {', '.join(ranks)}." if ranks else "")
 
 
 def pictures(judged: Judged, loader: Any, inputs: str | int | None) -> tuple[np.ndarray | None, list[int]]:
@@ -215,7 +231,35 @@ def pictures(judged: Judged, loader: Any, inputs: str | int | None) -> tuple[np.
         x = get(batch, find_input(batch, inputs))
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             return None, []
-        found.append(x.float())
+        found.append(x.float().nan_to_num())
+    if len({x.shape[1:] for x in found}) > 1:
+        return None, []
     x = torch.cat(found)
     low, high = x.amin(), x.amax()
     return ((x - low) / (high - low).clamp_min(1e-12) * 255).round().to(torch.uint8).numpy(), rows
+
+
+def identity(dataset: Any) -> tuple[list[str] | None, str]:
+    """SHA-256 of every row in hex, and what tells the whole dataset from another: the Merkle root of the rows.
+
+    A dataset that augments its rows at random has other rows each time, and one that yields objects of its own has no
+    digests: there are none then, and it is told by its type and length.
+    """
+    with preserved_rng(torch.device("cpu")), _seams.generators_kept(dataset):
+        torch.manual_seed(0)  # so that rows which are augmented now and then are the same in every run
+        random.seed(0)
+        np.random.seed(0)
+        try:
+            found = digests(dataset)
+        except (TypeError, ValueError):
+            name = f"{type(dataset).__module__}.{type(dataset).__qualname__}/{len(dataset)}"
+            return None, hashlib.sha256(name.encode()).hexdigest()
+    return [d.hex() for d in found], merkle_root(found).hex()
+
+
+def simulation(trainer: Any, judged: Judged) -> dict[str, Any] | None:
+    """What is known of a simulated poison, where the run simulates one: it comes first in the report."""
+    for callback in trainer.callbacks:
+        if type(callback).__name__ == "PoisonSimulation":
+            return callback.report(judged.outcome.touched)
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, IterableDataset, Subset
 
 from robust_train.callbacks import _seams
 from robust_train.callbacks._batch import replaced
+from robust_train.callbacks._filter_refusals import PREDICATE, REFERENCE
 from robust_train.callbacks._inner import fit_copy
-from robust_train.callbacks._loaders import map_loaders, rebuilt
+from robust_train.callbacks._loaders import copied, map_loaders, rebuilt
 from robust_train.callbacks._observer import Observed, Observer, Places, WrongLabels, margin
 from robust_train.callbacks._recorder import Recorder
 from robust_train.poisoning.decide import Outcome, Verdict, by_canaries, by_conflict, by_exclusion, decide
@@ -28,7 +29,6 @@ from robust_train.poisoning.records import Column
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-REFERENCE = "reference_margin"
 ROUNDS = 2  # of references, at most
 FOLDS = 2  # of the trusted rows, for their own scores
 
@@ -50,6 +50,12 @@ class Judged:
     columns: list[Column]
     outcome: Outcome
     probe: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def refused(self) -> np.ndarray:
+        """What the user's predicate refuses, bool ``(N,)``."""
+        found = [column.flagged for column in self.columns if column.name == PREDICATE]
+        return found[0] if found else np.zeros(len(self.labels), dtype=bool)
 
 
 class Judge:
@@ -106,6 +112,8 @@ class Judge:
         probed = time.perf_counter()
         if self._worth_checking(columns, groups):
             self._check(seen, wrong, columns, groups, suspects)
+        for _, verdict in columns.values():
+            verdict.flagged[self._trusted[self._trusted < self._size]] = False
         flagged = {name: verdict.flagged for name, (_, verdict) in columns.items()}
         values = {name: scores.values.numpy() for name, (scores, _) in columns.items()}
         outcome = decide(flagged, values, labels.numpy(), self._policy, restored)
@@ -132,13 +140,15 @@ class Judge:
             if "dynamics" in needs:
                 names = [n for n, f in self._filters.items() if "dynamics" in f.needs]
                 raise ValueError(
-                    f"{', '.join(names)} watch a probe while it is trained, and probe.checkpoint={self._probe.checkpoint!r} "
-                    "is not: leave the checkpoint out, or choose other filters"
+                    f"{', '.join(names)} watch a probe while it is trained, and with probe.checkpoint="
+                    f"{self._probe.checkpoint!r} none is: leave the checkpoint out, or choose other filters"
                 )
             rank_zero_info("DataFilter: looking at the rows through the checkpoint's weights.")
             return self._fit(rows, needs, wrong=None, train=None)
+        if not any(f.needs - {"inputs", "trusted"} or "label_noise" in f.finds for f in self._filters.values()):
+            return self._fit(rows, needs, wrong=None, train=None)  # nobody asks what the module makes of the rows
         recorder = Recorder()
-        train = recorder.attach(rebuilt(self._loader, rows, shuffle=True))
+        train = recorder.attach(self._for_training(rows))
         rank_zero_info(
             f"DataFilter: training a probe on {self._size} rows for {self._probe.epochs_for(len(train))} epochs."
         )
@@ -182,14 +192,27 @@ class Judge:
         assert observer.observed is not None  # noqa: S101  (the last hook of a fit made it)
         return observer.observed
 
+    def _for_training(self, rows: Any) -> DataLoader[Any]:
+        """In random order, without a batch of a single row, from which batch normalisation cannot learn."""
+        loader = rebuilt(self._loader, rows, shuffle=True)
+        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        batches: Any = getattr(loader, name)
+        if batches.batch_size == 1 or len(rows) <= batches.batch_size or len(rows) % batches.batch_size != 1:
+            return loader
+        return copied(loader, **{name: BatchSampler(batches.sampler, batches.batch_size, drop_last=True)})
+
     def _with(self, loader: Any) -> Any:
-        """The user's loaders with another one in the judged one's place."""
-        return map_loaders(lambda old, path: loader if path == self._places.loader else old, self._loaders)
+        """The user's loaders with another one in the judged one's place, and copies of the others."""
+
+        def exchanged(old: Any, path: Any) -> Any:
+            return loader if path == self._places.loader else copied(old) if isinstance(old, DataLoader) else old
+
+        return map_loaders(exchanged, self._loaders)
 
     def _around(self) -> Callable[[Any], Any]:
         if not self._places.loader:
             return lambda batch: batch
-        template = _seams.first_batch(self._loaders)
+        template = _seams.first_batch(self._with(copied(self._loader)))
         return lambda batch: replaced(template, self._places.loader, batch)
 
     # --- scores and verdicts --------------------------------------------------------------------------------------
@@ -269,41 +292,42 @@ class Judge:
                 trusted_logits=trusted_logits,
                 trusted_labels=trusted_labels,
             )
-            name, scores, verdict = self._by_reference(rows, misled, canary)
-            columns[name] = scores, verdict
-            more, rounds = verdict.flagged & ~suspects, rounds + 1
-            suspects = suspects | more
+            found = self._by_reference(rows, misled, canary)
+            columns |= found
+            more = np.any([verdict.flagged for _, verdict in found.values()], axis=0) & ~suspects
+            suspects, rounds = suspects | more, rounds + 1
             if rounds == ROUNDS or more.sum() <= self._policy.target_fpr * self._size:
                 break
         margins, misled_margins = (-margin(reference, y).numpy() for y in (labels, misled))
-        for filter_name, found in groups.items():
-            if (found >= 0).any():
-                by_group = by_exclusion(found, margins, margins[canary], misled_margins[canary])
-                columns[filter_name] = columns[filter_name][0], by_group
+        for name, numbers in groups.items():
+            if (numbers >= 0).any():
+                verdict = by_exclusion(numbers, margins, margins[canary], misled_margins[canary], labels.numpy())
+                columns[name] = columns[name][0], verdict
 
-    def _by_reference(self, rows: Rows, misled: Tensor, canary: np.ndarray) -> tuple[str, Scores, Verdict]:
-        """Name, scores and verdict of the trusted margin, or, without trusted rows, of the plain margin."""
+    def _by_reference(self, rows: Rows, misled: Tensor, canary: np.ndarray) -> dict[str, tuple[Scores, Verdict]]:
+        """Scores and verdict of each trusted margin, or, without one, of the plain margin."""
         assert rows.reference is not None  # noqa: S101
-        trusting = [name for name, method in self._filters.items() if "trusted" in method.needs]
+        own, wrongly = -margin(rows.reference, rows.labels), -margin(rows.reference, misled)
+        found: dict[str, tuple[Scores, Tensor, np.ndarray | None]] = {REFERENCE: (Scores(own), wrongly, None)}
+        trusting = {name: method for name, method in self._filters.items() if "trusted" in method.needs}
         if trusting and rows.trusted_labels is not None:
-            name = trusting[0]
-            method = self._filters[name]
-            scores, known = method(rows), method(replace(rows, labels=misled)).values
             held_out = replace(rows, labels=rows.trusted_labels, reference=rows.trusted_logits, trusted_logits=None)
-            null = method(held_out).values.numpy()
-        else:
-            name, null = REFERENCE, None
-            scores, known = Scores(-margin(rows.reference, rows.labels)), -margin(rows.reference, misled)
-        verdict = by_canaries(
-            scores.values.numpy(),
-            canary,
-            target_fpr=self._policy.target_fpr,
-            min_power=self._policy.min_power,
-            canary_scores=known.numpy()[canary],
-            null=null,
-        )
-        verdict.flagged[self._trusted[self._trusted < self._size]] = False
-        return name, scores, verdict
+            found = {
+                name: (method(rows), method(replace(rows, labels=misled)).values, method(held_out).values.numpy())
+                for name, method in trusting.items()
+            }
+
+        def verdict(scores: Scores, known: Tensor, null: np.ndarray | None) -> Verdict:
+            return by_canaries(
+                scores.values.numpy(),
+                canary,
+                target_fpr=self._policy.target_fpr,
+                min_power=self._policy.min_power,
+                canary_scores=known.numpy()[canary],
+                null=null,
+            )
+
+        return {name: (scores, verdict(scores, known, null)) for name, (scores, known, null) in found.items()}
 
     def _reference(self, labels: Tensor, suspects: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits of all N rows, and of the trusted ones by models that did not see them, with their labels."""
@@ -327,5 +351,38 @@ class Judge:
         return total, torch.cat(held_out), torch.cat(held_labels)
 
     def _trained_on(self, rows: np.ndarray, seed: int) -> Observed:
-        train = rebuilt(self._loader, Subset(self._all, rows.tolist()), shuffle=True)
+        train = self._for_training(Subset(self._all, rows.tolist()))
         return self._fit(self._all, frozenset(), wrong=None, train=train, seed=seed)
+
+
+def trusted_rows(trainer: Any, trusted: Any, most: int | None, size: int) -> dict[str, Any]:
+    """Arguments of ``Judge`` for what the user trusts.
+
+    Args:
+        trainer: the outer Trainer.
+        trusted: a dataset, numbers of rows, ``"val"`` or None.
+        most: how many of them are taken, or None.
+        size: number of rows of the training data.
+
+    Raises:
+        ValueError: there are no such rows, or fewer than two.
+    """
+    if trusted is None:
+        return {}
+    if isinstance(trusted, str):
+        trusted = _seams.validation_dataset(trainer)
+        if trusted is None:
+            raise ValueError("data_filter.trusted='val', and the run has no validation data: give a dataset")
+    if not isinstance(trusted, (Sequence, np.ndarray, Tensor)):
+        count = 0 if isinstance(trusted, IterableDataset) else len(trusted)
+        if count < 2:
+            raise ValueError(f"data_filter.trusted must have rows by number, 2 at least; {trusted!r:.80} has {count}")
+        return {"trusted": trusted if most is None else Subset(trusted, list(range(min(most, count))))}
+    rows = np.asarray(trusted)
+    if rows.ndim != 1 or rows.dtype.kind not in "iu" or len(np.unique(rows)) < max(len(rows), 2):
+        raise ValueError(
+            f"data_filter.trusted must be a dataset or different row numbers, 2 at least, got {trusted!r:.80}"
+        )
+    if rows.min() < 0 or rows.max() >= size:
+        raise ValueError(f"data_filter.trusted must be row numbers below {size}, got {rows.min()} to {rows.max()}")
+    return {"trusted_rows": rows[:most].astype(np.int64)}

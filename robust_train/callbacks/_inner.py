@@ -102,8 +102,8 @@ def throwaway_copy(module: pl.LightningModule, checkpoint: str | None = None) ->
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"a copy of {type(module).__name__} is to be trained, and it cannot be copied: {reason}. Keep what cannot be "
-            "copied (iterators, open files, results of earlier steps) out of the module's attributes"
+            f"a copy of {type(module).__name__} is to be trained, and it cannot be copied: {reason}. Keep what cannot "
+            "be copied (iterators, open files, results of earlier steps) out of the module's attributes"
         ) from error
     if checkpoint is not None:
         load_weights(new, checkpoint)
@@ -162,8 +162,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
     yield
     if look() != before:
         raise ValueError(
-            f"a copy of {type(module).__name__} was trained, and that changed the module itself: something that it holds "
-            "(a function, a partial, an object with a __deepcopy__ of its own) refers to it. Make it a method"
+            f"a copy of {type(module).__name__} was trained, and that changed the module itself: something that it "
+            "holds (a function, a partial, an object with a __deepcopy__ of its own) refers to it. Make it a method"
         )
 
 

@@ -16,37 +16,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from robust_train.callbacks import _seams
-from robust_train.callbacks._batch import Path, find_input, fresh, get, label_candidates, replaced, write_back
+from robust_train.callbacks._batch import fresh, get, replaced, write_back
 from robust_train.callbacks._callback import Callback, submodule
+from robust_train.callbacks._layout import Places, find_layout, scores_of
 from robust_train.callbacks._recorder import Recorder
-from robust_train.callbacks._sandbox import Sandbox
 from robust_train.callbacks._seams import LogitsReached, backpropagated, on_call, silenced, uncompiled_modules
-from robust_train.callbacks._step import Layout, StepVictim, find_logits
-from robust_train.evasion.victim import as_logits
+from robust_train.callbacks._step import Layout
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 IN_MEMORY = 2**28  # bytes of float32; larger tables are kept as float16 in a temporary file
-
-
-@dataclass(frozen=True)
-class Places:
-    """What the user said of where things are.
-
-    Attributes:
-        loader: where the filtered loader's part lies in a batch of several loaders; empty for one loader.
-        inputs: see ``find_input``.
-        labels: see ``label_candidates``.
-        logits: name of the submodule that returns the logits.
-        features: name of the submodule whose input are the features.
-    """
-
-    loader: Path = ()
-    inputs: str | int | None = None
-    labels: str | int | None = None
-    logits: str | None = None
-    features: str | None = None
 
 
 @dataclass
@@ -106,14 +86,6 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     """Logit of the label minus the largest other one, ``(B,)``."""
     own = logits.gather(1, labels[:, None])[:, 0]
     return own - logits.scatter(1, labels[:, None], -math.inf).amax(1)
-
-
-def scores_of(logits: Tensor) -> Tensor:
-    """Logits ``(B, classes)``, float32; where a model has one score an example, the other class has 0."""
-    if logits.numel() == len(logits):
-        logits = logits.reshape(-1, 1)
-        return torch.cat([torch.zeros_like(logits), logits], 1).float()
-    return as_logits(logits.float())
 
 
 class Observer(Callback):
@@ -212,7 +184,7 @@ class Observer(Callback):
 
     @property
     def dynamics(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Margins and losses ``(epochs, M)``, NaN where a row was not drawn, and labels ``(M,)``, -1 where it never was."""
+        """Margins and losses ``(epochs, M)``, NaN where a row was not drawn; labels ``(M,)``, -1 where it never was."""
         return torch.stack(self._margins), torch.stack(self._losses), self._own_labels
 
     # --- once it is over, still on its device ---------------------------------------------------------------------
@@ -256,8 +228,8 @@ class Observer(Callback):
                 done += len(labels)
         if not torch.isfinite(tables["logits"].values).all():
             raise ValueError(
-                "the copy of the module that DataFilter trains has logits that are not finite: it diverged. Train it for "
-                "less long (probe.epochs), or with a smaller learning rate"
+                "the copy of the module that DataFilter trains has logits that are not finite: it diverged. Train it "
+                "for less long (probe.epochs), or with a smaller learning rate"
             )
         if done != self._size:
             raise ValueError(
@@ -308,7 +280,7 @@ class Observer(Callback):
         if bool(((labels < 0) | (labels >= self.classes)).any()):
             strange = labels[(labels < 0) | (labels >= self.classes)][:3].tolist()
             raise ValueError(
-                f"a batch has labels such as {strange}, and the module tells the classes 0 to {self.classes - 1} apart: "
+                f"a batch has labels such as {strange}, and the module knows the classes 0 to {self.classes - 1}: "
                 "DataFilter must know the class of every row. Leave unlabelled rows out of the training data, or leave "
                 "them to a filter of your own: DataFilter(predicate=…)"
             )
@@ -337,60 +309,10 @@ class Observer(Callback):
         linear = [m for m, _ in called if isinstance(m, nn.Linear)]
         if not same and not linear:
             raise ValueError(
-                "DataFilter found no layer that returns the logits, whose input the features would be: name a submodule "
-                'whose input they are with features="…", or give Probe(extractor=…)'
+                "DataFilter found no layer that returns the logits, whose input the features would be: name a "
+                'submodule whose input they are with features="…", or give Probe(extractor=…)'
             )
         return same[0] if same else linear[-1]
-
-
-def find_layout(trainer: Any, step: Callable[..., Any], batch: Any, places: Places) -> tuple[Layout, int]:
-    """Where input, labels and logits are, and the number of classes.
-
-    Raises:
-        ValueError: the task is no classification of whole examples, or they were not found; the message says what to set.
-    """
-    module = trainer.lightning_module
-    part = get(batch, places.loader)
-    input_path = find_input(part, places.inputs)
-    candidates = tuple((*places.loader, *p) for p in label_candidates(part, input_path, places.labels))
-    input_path = (*places.loader, *input_path)
-    layout = Layout(input_path, candidates[0] if candidates else None, candidates=candidates)
-    arguments = _seams.step_arguments(step, 0, 0)
-    columns = [p for p in candidates if _is_column(get(batch, p))]
-    flat = batch
-    for path in columns:
-        flat = replaced(flat, path, get(batch, path)[:, 0])
-
-    def with_columns(batch: Any) -> Any:
-        for path in columns:
-            batch = replaced(batch, path, get(batch, path)[:, None])
-        return step(batch, *arguments)
-
-    def victim(layout: Layout) -> StepVictim:
-        sandbox = Sandbox(module, trainer, get(batch, input_path).device)
-        return StepVictim(module, with_columns, flat, layout, sandbox, own_loss=False)
-
-    named = None if places.logits is None else submodule(module, places.logits)
-    with torch.enable_grad():
-        found = find_logits(victim(layout), module, named)
-        if found is None or found.labels_path is None:
-            raise ValueError(
-                "DataFilter found no logits that fit labels in the training step: its filters judge labels of a "
-                'classification. Name the submodule that returns the logits with logits="…" and the labels with '
-                'labels="…". For another task use DataFilter(predicate=…), which looks at one example at a time'
-            )
-        labels = get(flat, found.labels_path)
-        if labels.numel() != len(labels):
-            raise ValueError(
-                f"DataFilter judges one class an example, and the labels have shape {tuple(labels.shape)}: for dense, soft "
-                "or several labels use DataFilter(predicate=…), which looks at one example at a time"
-            )
-        return found, scores_of(victim(found).logits(get(batch, input_path))).shape[1]
-
-
-def _is_column(labels: Tensor) -> bool:
-    """Class indices ``(B, 1)``, which the user's step makes ``(B,)``."""
-    return labels.ndim == 2 and labels.shape[1] == 1 and not labels.is_floating_point()
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -494,8 +494,8 @@ def exchange_prepared_loader(trainer: Any, exchange: Callable[[Any], Any]) -> Ca
 def once_restored(trainer: Any, then: Callable[[], None]) -> Callable[[], None]:
     """Call ``then()`` once checkpoint and callbacks are restored and before the optimizers are made; returns the undo.
 
-    ``setup`` is too early: whether the run resumes, and with what state, is not known yet. ``on_fit_start`` is too late:
-    ``configure_optimizers`` may have asked for the number of batches.
+    ``setup`` is too early: whether the run resumes, and with what state, is not known yet. ``on_fit_start`` is too
+    late: ``configure_optimizers`` may have asked for the number of batches.
     """
     connector = trainer._checkpoint_connector
     restore = connector._restore_modules_and_callbacks
@@ -580,7 +580,7 @@ def wait_for_first(trainer: Any, work: Callable[[], Any]) -> Any:
 def _alone() -> Iterator[None]:
     """Inside, this process is the only one of its group: metrics of a nested run would wait for the others forever."""
     group, world = torch.distributed.GroupMember, torch.distributed.GroupMember.WORLD
-    own = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
+    own: Any = torch.distributed.new_group([torch.distributed.get_rank()], use_local_synchronization=True)
     group.WORLD = own  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
@@ -647,7 +647,7 @@ def validation_dataset(trainer: Any) -> Any:
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     found = source.dataloader() if source.is_defined() else None
     while (flat := leaves_of(found)) is not None or isinstance(found, (list, tuple, dict)):
-        several = list(found.values()) if isinstance(found, dict) else flat or list(found)
+        several: Any = list(found.values()) if isinstance(found, dict) else flat or found
         found = several[0] if several else None
     return getattr(found, "dataset", None)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from robust_train.callbacks import _seams
+from robust_train.custody.manifest import Manifest
 from robust_train.poisoning.schema import JOINT_RULES, RULES, Schema
 
 MODES = ("strict", "quarantine")
@@ -88,3 +90,20 @@ def _against_privacy(validation: Any, schema: Schema | None) -> Iterator[str]:
             f"DataValidation's rules {' and '.join(joint)} cannot work with DPSGD: they look at rows together, so that "
             f"one example decides over others. Switch them off with skip={joint}"
         )
+
+
+def with_shares_of(schema: Schema, manifest: str | Path) -> Schema:
+    """The schema with the classes and class shares that a data manifest counted.
+
+    Raises:
+        ValueError: the manifest cannot be read, or counted no classes, or its classes are no whole numbers.
+    """
+    counts = Manifest.read(manifest).classes
+    if not counts or not all(name.isdecimal() for name in counts):
+        raise ValueError(
+            f"data_validation.manifest={str(manifest)!r} has no counts of classes with whole numbers: write it with "
+            "robust-train manifest, from data with labels"
+        )
+    total = sum(counts.values())
+    order = sorted(counts, key=int)
+    return replace(schema, classes=tuple(map(int, order)), shares=tuple(counts[name] / total for name in order))

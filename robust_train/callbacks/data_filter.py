@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from robust_train.callbacks import _seams
 from robust_train.callbacks._callback import Callback, plain
-from robust_train.callbacks._during import Watch
 from robust_train.callbacks._dp_run import run_folder
-from robust_train.callbacks._filter_files import Mask, write_outputs
-from robust_train.callbacks._filtering import Judge, Judged
+from robust_train.callbacks._during import Watch
+from robust_train.callbacks._filter_files import Mask, identity, simulation, write_outputs
+from robust_train.callbacks._filter_refusals import PREDICATE, check_settings, named_filters, refuse_what_cannot_work
+from robust_train.callbacks._filtering import Judge, Judged, trusted_rows
 from robust_train.callbacks._loaders import (
     as_list,
     check_loader,
@@ -27,8 +28,6 @@ from robust_train.callbacks._loaders import (
     rebuilt,
 )
 from robust_train.callbacks._observer import Places
-from robust_train.custody.digest import digests
-from robust_train.custody.merkle import merkle_root
 from robust_train.evasion.randomness import preserved_rng
 from robust_train.poisoning.decide import Outcome
 from robust_train.poisoning.filters.aum import AUM
@@ -62,15 +61,16 @@ class DataFilter(Callback):
         train loader:           the user's, without the rows that are left out
 
     Args:
-        filters: methods, a list or by name. None: exact duplicates, AUM and isolated groups, and the trusted margin where
-            trusted rows are given.
+        filters: methods, a list or by name. None: exact duplicates, AUM and isolated groups, and the trusted margin
+            where trusted rows are given.
         policy: what is done with suspicious rows, and its limits; None: ``Policy()``, which quarantines.
         probe: how the probe is made; None: ``Probe()``.
         trusted: rows that are known to be clean: a dataset of the same kind, row numbers of the training data, or
             ``"val"`` for the validation data. They are best checked by hand.
         trusted_size: take only so many of them, the first ones.
-        predicate: told one example as the dataset yields it, says whether to keep it. The only way to filter an iterable
-            dataset, and the only one that DP-SGD allows. Without ``filters`` nothing else is done.
+        predicate: told one example as the dataset yields it, says whether to keep it; the policy's caps are not for it.
+            The only way to filter an iterable dataset, and the only one that DP-SGD allows. Without ``filters`` nothing
+            else is done.
         quarantine: file of an earlier run whose restored rows are kept, whatever the filters say.
         mask: file of an earlier run, ``filter_mask.json``, whose decisions are used again: no probe.
         loader: name or index of the loader to filter, where there are several.
@@ -79,23 +79,25 @@ class DataFilter(Callback):
         logits: name of the submodule that returns the logits.
         features: name of the submodule whose input are the features; None: the layer that returns the logits.
         when: ``"before"`` training, by a probe; or ``"during"`` it, by how the run itself learns the rows (AUM, small
-            loss), without a probe: for the first ``warmup_epochs`` every row is trained on, and a few bear wrong labels.
+            loss), without a probe: in the first ``warmup_epochs`` every row is trained on, and a few bear wrong labels.
         warmup_epochs: how many epochs are watched, if ``when="during"``.
         restart: put weights, optimizers and schedules back to the start once the rows are judged, so that nothing
             is left of what was learned from the suspects, and from wrong labels.
 
     Raises:
-        ValueError: a setting is out of range. In ``setup``: what cannot be combined; before training: data that cannot be
-            told apart by rows, a task without classes, a mask of other data.
+        ValueError: a setting is out of range. In ``setup``: what cannot be combined; before training: data that cannot
+            be told apart by rows, a task without classes, a mask of other data.
         TypeError: a filter, policy or probe is of another kind.
 
     Note:
-        Decisions look at other rows, so the result is not differentially private: with ``DPSGD`` only ``predicate`` works.
+        Decisions look at other rows, so the result is not differentially private: with ``DPSGD`` only ``predicate``
+        works. The probe calls the module's hooks: what they do outside of the module (print, count in a global) is done
+        there too. ``train_dataloader()`` is called once more, and must give the same rows in every call.
 
     Guarantees:
         No row that is left out reaches the training step; no other is lost. When nothing is left out, the run is
-        bit-identical to one without the callback. A run that resumes uses the same mask, and refuses other data. At most
-        the policy's caps are left out. A row that was restored is never left out.
+        bit-identical to one without the callback. A run that resumes uses the same mask, and refuses other data.
+        Filters touch no more than the policy's caps, no row that was restored, and none that is trusted.
 
     References:
         Pleiss et al., "Identifying Mislabeled Data using the Area Under the Margin Ranking", 2020; Chen et al.,
@@ -127,40 +129,22 @@ class DataFilter(Callback):
         warmup_epochs: int = 3,
         restart: bool = True,
     ) -> None:
-        if when not in ("before", "during"):
-            raise ValueError(f"data_filter.when must be 'before' or 'during', got {when!r}")
-        if isinstance(warmup_epochs, bool) or not isinstance(warmup_epochs, int) or warmup_epochs < 1:
-            raise ValueError(f"data_filter.warmup_epochs must be a whole number >= 1, got {warmup_epochs!r}")
         if filters is None:
-            default = [AUM()] if when == "during" else [Duplicates(), AUM(), IsolatedGroups()]
-            filters = [] if predicate is not None else default
+            default: list[Filter] = [AUM()] if when == "during" else [Duplicates(), AUM(), IsolatedGroups()]
             if trusted is not None:
-                filters.append(TrustedMargin())
+                default.append(TrustedMargin())
+            filters = [] if predicate is not None else default
         self.filters = named_filters(filters)
-        for name, value, kind in (("policy", policy, Policy), ("probe", probe, Probe)):
-            if value is not None and not isinstance(value, kind):
-                raise TypeError(f"data_filter.{name} must be a robust_train {kind.__name__}, got {value!r}")
-        if isinstance(trusted, str) and trusted != "val":
-            raise ValueError(f"data_filter.trusted must be a dataset, row numbers or 'val', got {trusted!r}")
-        if trusted_size is not None and (trusted is None or trusted_size < 2):
-            raise ValueError(f"data_filter.trusted_size must be >= 2, and needs trusted=, got {trusted_size}")
-        if trusted is None and (needy := [n for n, f in self.filters.items() if "trusted" in f.needs]):
-            raise ValueError(f"data_filter.filters: {', '.join(needy)} needs trusted rows: give trusted=")
-        if when == "during" and (other := [n for n, f in self.filters.items() if f.needs != {"dynamics"}]):
-            raise ValueError(
-                f"data_filter.filters: {', '.join(other)} cannot judge rows while the run trains (when='during'), which "
-                "shows training dynamics only: use AUM or SmallLoss, or when='before'"
-            )
-        if not self.filters and predicate is None:
-            raise ValueError("data_filter.filters is empty: name a filter, or give a predicate")
-        self.policy, self.probe = policy or Policy(), probe or Probe()
+        self.policy = Policy() if policy is None else policy
+        self.probe = Probe() if probe is None else probe
         self.trusted, self.trusted_size, self.predicate = trusted, trusted_size, predicate
         self.quarantine, self.mask, self.loader = quarantine, mask, loader
         self.inputs, self.labels, self.logits, self.features = inputs, labels, logits, features
         self.when, self.warmup_epochs, self.restart = when, warmup_epochs, restart
+        check_settings(self)
         self._mask: Mask | None = None
         self._watch: Watch | None = None
-        self._resumed = False
+        self._resumed = self._quick_run = False
         self._judged: Any = None  # the dataset that the mask is for
         self._place: tuple[str | int, ...] = ()
         self._undo = ExitStack()
@@ -196,8 +180,10 @@ class DataFilter(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._refuse(trainer, pl_module)
-        self._resumed = False
+        refuse_what_cannot_work(trainer, pl_module, self)
+        if self._quick_run:  # what was decided then means nothing
+            self._mask = None
+        self._resumed, self._quick_run = False, bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         self._undo.callback(_seams.exchange_train_loader(trainer, lambda loaders: self._exchange(loaders), ORDER))
         self._undo.callback(_seams.once_restored(trainer, lambda: self._begin(trainer, pl_module)))
 
@@ -235,29 +221,13 @@ class DataFilter(Callback):
 
     # --- work -----------------------------------------------------------------------------------------------------
 
-    def _refuse(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if (reason := _seams.unsupported_strategy(trainer)) is not None:
-            raise ValueError(f"DataFilter cannot work with {reason}")
-        if _seams.takes_iterator(module):
-            raise ValueError(
-                "DataFilter cannot work with a training_step that takes dataloader_iter and fetches its own batches: "
-                "take a batch"
-            )
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(c, DataFilter) for c in callbacks) > 1:
-            raise ValueError("two DataFilter callbacks in one Trainer: give one of them all filters")
-        if self.filters and any(type(c).__name__ == "DPSGD" for c in callbacks):
-            raise ValueError(
-                f"DataFilter(filters={list(self.filters)}) decides over a row by looking at the others, for which "
-                "DPSGD's guarantee does not hold: use DataFilter(predicate=…), which looks at one example, or filter in "
-                "a run of its own on public data"
-            )
-
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Decide, unless the checkpoint brought the decision; every process learns what the first one decided."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
         with preserved_rng(trainer.strategy.root_device):
             loaders = _seams.train_loader_before(trainer, ORDER)
-            with _seams.generators_kept(loaders):
+            _seams.reload_train_loader(trainer)  # whoever asked for it earlier was given every row
+            with _seams.generators_kept(loaders, data, self.trusted):
                 loader = self._choose(loaders)
                 if isinstance(getattr(loader, "dataset", None), IterableDataset):
                     self._stream(loader)
@@ -293,16 +263,28 @@ class DataFilter(Callback):
             known.check(size, root)
             self._mask = known
             if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
                 known.write(folder / Mask.FILE)
             return known.to_dict()
+        self._check_before_judging(trainer, loader)
         earlier, restored = self._earlier(size, content, root)
-        if trainer.fast_dev_run and self.filters:
+        if self._quick_run and self.filters:
             rank_zero_info("DataFilter: fast_dev_run, so a few rows are judged, and none is left out.")
             keep = self._quick(trainer, module, loaders, loader, size)
             self._mask = Mask(keep, root, self.policy.action)
             return self._mask.to_dict()
         judged = self._judge(trainer, module, loaders, loader, restored)
         return self._settle(trainer, judged, loader, content, root, earlier, folder).to_dict()
+
+    def _check_before_judging(self, trainer: Any, loader: DataLoader[Any]) -> None:
+        """Refuse now what would be refused once the rows are judged."""
+        some = np.arange(len(loader.dataset)) > 0  # type: ignore[arg-type]
+        filtered(loader, some, np.ones(len(some)) if self.filters and self.policy.action == "downweight" else None)
+        if trainer.ckpt_path is not None and self.filters:
+            rank_zero_warn(
+                "DataFilter: the checkpoint was trained without it, and what judges the rows has learned from all of "
+                "them. Start from the beginning, or use the mask of another run: mask=…"
+            )
 
     def _earlier(self, size: int, content: list[str] | None, root: str) -> tuple[Quarantine | None, np.ndarray]:
         """The quarantine of an earlier run, and the numbers of the rows that were restored from it."""
@@ -322,11 +304,20 @@ class DataFilter(Callback):
         folder: Path | None,
     ) -> Mask:
         """From what was found to a mask, and the files that say why."""
-        touched = judged.outcome.touched
-        downweight = self.policy.action == "downweight"
-        weights = np.where(touched, self.policy.weight, 1.0) if downweight else None
-        keep = np.ones(len(touched), dtype=bool) if downweight else ~touched
+        touched, weights = judged.outcome.touched, None
+        keep = ~touched
+        if self.policy.action == "downweight":
+            light = touched & ~judged.refused
+            keep = ~(touched & judged.refused)
+            weights = np.where(light, self.policy.weight, 1.0) if light.any() else None
         self._mask = Mask(keep, root, self.policy.action, weights)
+        ranking = [c.name for c in judged.columns if c.calibration.get("method") == "none"]
+        if ranking and len(ranking) == len(judged.columns):
+            rank_zero_warn(
+                f"DataFilter: {', '.join(ranking)} only ranks rows: no threshold could be calibrated, and nothing is "
+                "decided. The ranks are in filter_decisions.csv; to decide, add a filter that can (AUM, IsolatedGroups), "
+                "or give trusted rows"
+            )
         for note in judged.outcome.notes:
             rank_zero_warn(f"DataFilter: {note} A larger policy.max_drop or max_drop_per_class is your consent.")
         if folder is not None and trainer.is_global_zero:
@@ -343,8 +334,8 @@ class DataFilter(Callback):
             )
         if any(type(c).__name__ == "AdversarialTraining" for c in trainer.callbacks):
             raise ValueError(
-                "DataFilter(when='during') and AdversarialTraining: how adversarial examples are learned says little of "
-                "the rows. Use DataFilter(when='before')"
+                "DataFilter(when='during') and AdversarialTraining: how adversarial examples are learned says little "
+                "of the rows. Use DataFilter(when='before')"
             )
         self._judged = loader.dataset
         size = len(loader.dataset)  # type: ignore[arg-type]
@@ -368,32 +359,28 @@ class DataFilter(Callback):
 
     def _judge(self, trainer: Any, module: Any, loaders: Any, loader: DataLoader[Any], restored: np.ndarray) -> Judged:
         dataset: Any = loader.dataset
-        columns = []
+        if not self.filters:
+            nothing = np.zeros(len(dataset), dtype=bool)
+            judged = Judged(nothing.astype(np.int64), 1, [], Outcome(nothing.copy(), nothing))
+        else:
+            judged = Judge(
+                trainer,
+                module,
+                loaders,
+                loader,
+                filters=self.filters,
+                policy=self.policy,
+                probe=self.probe,
+                places=Places(self._place, self.inputs, self.labels, self.logits, self.features),
+                **trusted_rows(trainer, self.trusted, self.trusted_size, len(dataset)),
+            ).judge(restored)
         if self.predicate is not None:
             refused = np.array([not self.predicate(dataset[i]) for i in range(len(dataset))], dtype=bool)
             evidence = {"method": "the user's predicate", "expected_fpr": None}
-            columns.append(Column("predicate", refused.astype(float), 0.5, refused, evidence))
-        if not self.filters:
-            touched = columns[0].flagged.copy()
-            touched[restored] = False
-            labels = np.zeros(len(dataset), dtype=np.int64)
-            return Judged(labels, 1, columns, Outcome(touched, np.zeros(len(dataset), dtype=bool)))
-        judge = Judge(
-            trainer,
-            module,
-            loaders,
-            loader,
-            filters=self.filters,
-            policy=self.policy,
-            probe=self.probe,
-            places=Places(self._place, self.inputs, self.labels, self.logits, self.features),
-            **self._trusted_rows(trainer),
-        )
-        judged = judge.judge(restored)
-        if columns:
-            judged.columns[:0] = columns
-            judged.outcome.touched[:] |= columns[0].flagged
+            judged.columns.insert(0, Column(PREDICATE, refused.astype(float), 0.5, refused, evidence))
+            judged.outcome.touched[refused] = True
             judged.outcome.touched[restored] = False
+            judged.outcome.capped[refused] = False
         return judged
 
     def _quick(self, trainer: Any, module: Any, loaders: Any, loader: DataLoader[Any], size: int) -> np.ndarray:
@@ -401,36 +388,31 @@ class DataFilter(Callback):
         few = min(size, QUICK * (loader.batch_size or 1))
         small = rebuilt(loader, Subset(loader.dataset, list(range(few))), shuffle=True)
         inner = map_loaders(lambda old, path: small if path == self._place else old, loaders)
-        probe = self.probe
-        self.probe = Probe(1, seed=probe.seed) if probe.checkpoint is None else probe
+        probe, trusted = self.probe, self.trusted
+        self.probe = probe if probe.checkpoint is not None else replace(probe, epochs=1)
+        if "trusted_rows" in trusted_rows(trainer, self.trusted, self.trusted_size, size):
+            self.trusted = range(few // 2)
         try:
-            self._judge(trainer, module, inner, small, np.empty(0, dtype=int))
+            judged = self._judge(trainer, module, inner, small, np.empty(0, dtype=int))
         finally:
-            self.probe = probe
-        return np.ones(size, dtype=bool)
-
-    def _trusted_rows(self, trainer: Any) -> dict[str, Any]:
-        trusted, most = self.trusted, self.trusted_size
-        if trusted is None:
-            return {}
-        if isinstance(trusted, str):
-            trusted = _seams.validation_dataset(trainer)
-            if trusted is None:
-                raise ValueError("data_filter.trusted='val', and the run has no validation data: give a dataset")
-        if isinstance(trusted, Dataset) or (not isinstance(trusted, Sequence) and hasattr(trusted, "__getitem__")):
-            size = len(trusted)  # type: ignore[arg-type]
-            if most is not None and most < size:
-                trusted = Subset(trusted, list(range(most)))  # type: ignore[arg-type]
-            return {"trusted": trusted}
-        return {"trusted_rows": np.asarray(list(trusted)[:most], dtype=np.int64)}
+            self.probe, self.trusted = probe, trusted
+        keep = np.ones(size, dtype=bool)
+        keep[:few] = ~judged.refused
+        return keep
 
     def _stream(self, loader: Any) -> None:
         if self.predicate is None:
             check_loader(loader)  # says what to do
+        name = type(loader.dataset).__name__
         if self.filters:
             raise ValueError(
-                f"{type(loader.dataset).__name__} is an iterable dataset, whose rows cannot be compared with one another: "
-                "use DataFilter(predicate=…) without filters, or a map-style dataset"
+                f"{name} is an iterable dataset, whose rows cannot be compared with one another: use "
+                "DataFilter(predicate=…) without filters, or a map-style dataset"
+            )
+        if self.quarantine is not None or self._mask is not None:
+            raise ValueError(
+                f"{name} is an iterable dataset, whose rows have no numbers: neither a quarantine nor the mask of "
+                "another run or checkpoint says anything of them. Use DataFilter(predicate=…) alone, or a map-style one"
             )
         rank_zero_info("DataFilter: active. Each example of the stream is told to the predicate.")
 
@@ -463,45 +445,3 @@ class DataFilter(Callback):
             return filtered(loader, self._mask.keep, self._mask.weights)
 
         return map_loaders(exchange, loaders)
-
-
-def named_filters(filters: Sequence[Filter] | Mapping[str, Filter]) -> dict[str, Filter]:
-    """Filters by name: the user's, or that of a filter's module.
-
-    Raises:
-        TypeError: one is no filter.
-        ValueError: two have the same name.
-    """
-    if isinstance(filters, Mapping):
-        named = {str(name): value for name, value in filters.items() if value is not None}
-    else:
-        names = [type(value).__module__.rpartition(".")[2] for value in filters]
-        if len(set(names)) < len(names):
-            raise ValueError("data_filter.filters: two of a kind need names of their own: give a dict")
-        named = dict(zip(names, filters, strict=True))
-    for name, value in named.items():
-        if not isinstance(value, Filter):
-            raise TypeError(f"data_filter.filters: {name} must be a robust_train Filter, got {value!r}")
-    return named
-
-
-def identity(dataset: Any) -> tuple[list[str] | None, str]:
-    """SHA-256 of every row in hex, and what tells the whole dataset from another: the Merkle root of the rows.
-
-    A dataset that augments its rows at random has other rows each time: there are no digests then, and it is told by its
-    type and length.
-    """
-    try:
-        found = digests(dataset)
-    except ValueError:
-        name = f"{type(dataset).__module__}.{type(dataset).__qualname__}/{len(dataset)}"
-        return None, hashlib.sha256(name.encode()).hexdigest()
-    return [d.hex() for d in found], merkle_root(found).hex()
-
-
-def simulation(trainer: Any, judged: Judged) -> dict[str, Any] | None:
-    """What is known of a simulated poison, where the run simulates one: it comes first in the report."""
-    for callback in trainer.callbacks:
-        if type(callback).__name__ == "PoisonSimulation":
-            return callback.report(judged.outcome.touched)
-    return None

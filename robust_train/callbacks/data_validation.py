@@ -20,7 +20,7 @@ from robust_train.callbacks import _seams
 from robust_train.callbacks._callback import Callback, plain
 from robust_train.callbacks._dp_run import run_folder
 from robust_train.callbacks._rows import Place, Rows, find_rows, is_through, leaves, trusted_batches, write_quarantine
-from robust_train.callbacks._validation_refusals import check_settings, refuse_what_cannot_work
+from robust_train.callbacks._validation_refusals import check_settings, refuse_what_cannot_work, with_shares_of
 from robust_train.evasion.randomness import preserved_rng
 from robust_train.poisoning.checks import DataViolation, SeenRows, Violation, check, check_shares
 from robust_train.poisoning.infer import Observation, infer, observe
@@ -58,6 +58,8 @@ class DataValidation(Callback):
             are checked for NaN and infinities only, and validation before or between them is not checked.
         skip: rules that are left out.
         remember_rows: how many rows of an epoch ``conflicts`` remembers, at about 200 bytes each.
+        manifest: path of a data manifest (``robust-train manifest``), whose class counts the balance is held against, in
+            place of the schema's shares.
         name: where several validations stand in one Trainer (one for each loader, or for each input): part of the
             names of their files and metrics.
 
@@ -96,10 +98,11 @@ class DataValidation(Callback):
         skip: Sequence[str] = (),
         remember_rows: int = 200_000,
         name: str = "",
+        manifest: str | None = None,
     ) -> None:
         self.schema, self.infer_batches, self.mode, self.trusted = schema, infer_batches, mode, trusted
         self.inputs, self.labels, self.check_val, self.skip = inputs, labels, check_val, _names(skip)
-        self.remember_rows, self.name = remember_rows, name
+        self.remember_rows, self.name, self.manifest = remember_rows, name, manifest
         check_settings(self)
         self.violations = self.left_out = 0  # rows, over all fits; balance counts as one
         self._schema: Schema | None = schema if isinstance(schema, Schema) else None
@@ -114,7 +117,7 @@ class DataValidation(Callback):
         return self._generate_state_key(name=self.name)
 
     def settings(self) -> dict[str, Any]:
-        names = ("infer_batches", "mode", "inputs", "labels", "check_val", "skip", "remember_rows", "name")
+        names = ("infer_batches", "mode", "inputs", "labels", "check_val", "skip", "remember_rows", "name", "manifest")
         return {
             "schema": self.schema.to_dict() if isinstance(self.schema, Schema) else str(self.schema),
             "trusted": None if self.trusted is None else type(self.trusted).__name__,
@@ -223,6 +226,8 @@ class DataValidation(Callback):
     def _use(self, trainer: Any, schema: Schema) -> None:
         """Check by this schema from now on; what was inferred is kept in the run's folder."""
         run = self._running()
+        if self.manifest is not None:
+            schema = with_shares_of(schema, self.manifest)
         self._schema = schema
         run.schema = replace(
             schema, dtype=_in_precision(trainer, schema.dtype), label_dtype=_in_precision(trainer, schema.label_dtype)

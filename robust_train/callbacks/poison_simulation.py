@@ -38,8 +38,8 @@ class PoisonSimulation(Callback):
     Args:
         poison: which rows become what.
         classes: how many classes the task has.
-        attack: for ``CleanLabel`` without a ``perturb`` of its own: a copy of the module is trained on the clean rows, and
-            this attack makes rows of the target class hard for it.
+        attack: for ``CleanLabel`` without a ``perturb`` of its own: a copy of the module is trained on the clean rows,
+            and this attack makes rows of the target class hard for it.
         threat: what the attack may do.
 
     Raises:

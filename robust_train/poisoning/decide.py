@@ -12,7 +12,7 @@ from robust_train.poisoning.policy import Policy
 
 LEAST_CANARIES = 10
 STEPS = 99  # thresholds that are tried: quantiles of the canaries' scores
-SLACK = 0.5  # standard errors that are added to the estimated share of noise
+SLACK = 1.0  # standard errors that are added to the estimated share of noise
 MOST_POWER = 0.97  # the last few canaries are not chased: they look clean
 TAIL = 0.3  # share of the canaries that must lie above a threshold for the share of noise to be read there
 
@@ -36,7 +36,7 @@ def share_of_noise(scores: np.ndarray, canaries: np.ndarray) -> float:
     """The share of rows that can be as suspicious as the canaries.
 
     If a share ``r`` of the rows is drawn from the canaries' distribution, at least ``r`` times the canaries' tail lies
-    above every threshold. The estimate is the smallest ratio of the two tails, with half a standard error in each.
+    above every threshold. The estimate is the smallest ratio of the two tails, with a standard error in each.
 
     Args:
         scores: of ordinary rows, ``(N,)``.
@@ -123,9 +123,12 @@ def by_exclusion(
     margins: np.ndarray,
     canary_own: np.ndarray,
     canary_wrong: np.ndarray,
+    labels: np.ndarray,
     *,
     most_agree: float = 0.25,
     like_canaries: float = 0.12,
+    like_canaries_if_large: float = 0.22,
+    large: float = 0.25,
 ) -> Verdict:
     """Judge each proposed group by a model that was trained without it.
 
@@ -139,9 +142,13 @@ def by_exclusion(
             of the groups.
         canary_own: the same of the canaries under their own labels, ``(K,)``; the model was trained without them too.
         canary_wrong: under the wrong labels, ``(K,)``.
+        labels: int ``(N,)``; a group lies within one class.
         most_agree: share of a group's rows that the model may give their label.
         like_canaries: least probability that a row of the group contradicts its label more than a canary does. Between
             two equal distributions it is one half. One standard error of the estimate is asked for on top.
+        like_canaries_if_large: the same for groups that are more than ``large`` of their class: a model that never saw
+            one of the two styles of a class does not recognise it, and takes it for the most similar class.
+        large: share of a class.
 
     Reference:
         Chen et al., "Detecting Backdoor Attacks on Deep Neural Networks by Activation Clustering", 2018, section 5
@@ -154,10 +161,19 @@ def by_exclusion(
         agree = float((margins[rows] < 0).mean())
         contradicts = float(np.searchsorted(ordered, margins[rows]).mean() / len(ordered)) if len(ordered) else 0.0
         error = np.sqrt((1 / rows.sum() + 1 / max(len(ordered), 1)) / 12)  # of a Mann-Whitney statistic
-        bad = bool(agree <= most_agree and contradicts - error >= like_canaries)
+        share = float(rows.sum() / (labels == labels[rows][0]).sum())
+        needed = like_canaries if share <= large else like_canaries_if_large
+        bad = bool(agree <= most_agree and contradicts - error >= needed)
         flagged |= rows & bad
         found.append(
-            {"group": int(group), "rows": int(rows.sum()), "agree": agree, "like_canaries": contradicts, "flagged": bad}
+            {
+                "group": int(group),
+                "rows": int(rows.sum()),
+                "agree": agree,
+                "like_canaries": contradicts,
+                "share_of_class": share,
+                "flagged": bad,
+            }
         )
     evidence = {
         "method": "training without the groups",
@@ -165,6 +181,7 @@ def by_exclusion(
         "agree_of_canaries": float((canary_own < 0).mean()) if len(canary_own) else None,
         "most_agree": most_agree,
         "like_canaries": like_canaries,
+        "like_canaries_if_large": like_canaries_if_large,
     }
     if len(ordered) < LEAST_CANARIES:
         flagged[:] = False

@@ -137,7 +137,7 @@ def filter_page(decisions: Decisions, report: Mapping[str, Any], pictures: np.nd
 
     Args:
         decisions: about every row; the calibration of its columns is shown.
-        report: ``pictures.rows`` says which rows the pictures show, ``notes`` (a list of text) is shown beneath the
+        report: ``simulation`` says whether the data were poisoned on purpose, ``pictures.rows`` which rows the pictures show, ``notes`` (a list of text) is shown beneath the
             outcome; the rest is not used.
         pictures: uint8 ``(M, C, H, W)``; None: there are none.
 
@@ -159,7 +159,7 @@ def filter_page(decisions: Decisions, report: Mapping[str, Any], pictures: np.nd
     grid = None if pictures is None else Markup(_grid(decisions, report, pictures))  # noqa: S704
     return _ENVIRONMENT.from_string(_PAGE).render(
         outcome=_outcome(counts),
-        notes=[note for note in notes if isinstance(note, str)] if isinstance(notes, list) else [],
+        notes=_simulation(report) + ([n for n in notes if isinstance(n, str)] if isinstance(notes, list) else []),
         counts=counts,
         filters=[
             {"name": c.name, "share": c.flagged.mean(), **counts["filters"][c.name], **_calibration(c.calibration)}
@@ -200,6 +200,18 @@ def page_from_folder(folder: str | Path) -> str:
 
 
 # --- what the page shows --------------------------------------------------------------------------------------------
+
+
+def _simulation(report: Mapping[str, Any]) -> list[str]:
+    """What is known of data that were poisoned on purpose, in a sentence or two; nothing for others."""
+    known = report.get("simulation")
+    if not isinstance(known, dict):
+        return []
+    rates = {"tpr": "of the poisoned rows are left out", "fpr": "of the others"}
+    said = [
+        f"{100 * value:.2f} % {text}" for key, text in rates.items() if (value := _number(known.get(key))) is not None
+    ]
+    return [" ".join([str(known.get("note", "")), f"{', '.join(said)}." if said else ""]).strip()]
 
 
 def _outcome(counts: Mapping[str, Any]) -> str:

@@ -703,3 +703,24 @@ def test_ranks_leave_out_rows_of_their_own_and_stop_where_none_is_left(tmp_path)
     done = launch(tmp_path, "quarantine", ",".join(str(row) for row in range(33, 48, 2)))
     assert done.returncode != 0
     assert "one process cannot leave out a step that the others wait for" in done.stderr
+
+
+def test_the_balance_is_held_against_a_manifest(tmp_path):
+    from robust_train.custody.manifest import Manifest
+
+    x, y = image_columns(120, 0)
+    path = tmp_path / "manifest.json"
+    Manifest.of(TensorDataset(x, y), label_of=lambda example: int(example[1])).write(path)
+    schema = replace(IMAGES, share_tolerance=0.02)
+    run(DataValidation(schema, manifest=str(path)), ordered(x, y))
+    with pytest.raises(DataViolation, match="balance|share"):
+        run(DataValidation(schema, manifest=str(path)), ordered(x, torch.zeros_like(y)))
+
+
+def test_a_manifest_without_classes_is_refused(tmp_path):
+    from robust_train.custody.manifest import Manifest
+
+    x, y = image_columns(20, 0)
+    Manifest.of(TensorDataset(x, y)).write(tmp_path / "manifest.json")
+    with pytest.raises(ValueError, match="no counts of classes"):
+        run(DataValidation(IMAGES, manifest=str(tmp_path / "manifest.json")), ordered(x, y))

@@ -31,7 +31,7 @@ def isolated_groups(
     classes: int,
     *,
     components: int = 48,
-    valley: float = 0.08,
+    valley: float = 0.06,
     small: float = 0.25,
     small_valley: float = 0.2,
     most: int = 4,
@@ -122,7 +122,7 @@ def isolated_parts(
         most: how many parts, at most.
 
     Returns:
-        bool ``(<= most, n)``, the most isolated part first, each with at most half of all points, at least five of which
+        bool ``(<= most, n)``, the most isolated part first, each with at most half of all points, five or more of which
         are in none before it; and their separations, float64, > ``CLEAR``.
     """
     starts = torch.cat([bisections(points), outlying(points)])
@@ -241,7 +241,7 @@ class IsolatedGroups(Filter):
     finds: ClassVar[frozenset[str]] = frozenset({"backdoor"})
 
     components: int = 48
-    valley: float = 0.08
+    valley: float = 0.06
     small: float = 0.25
     small_valley: float = 0.2
     most: int = 4
