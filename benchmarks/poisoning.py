@@ -41,6 +41,7 @@ PLACES = ("bottom_right", "top_left", "bottom_left", "top_right")
 PATTERNS = ("checkerboard", "bright")
 DATA = ("digits", "digits_trusted", "15000", "60000")
 EPOCHS = {"digits": 20, "digits_trusted": 20, "15000": 6, "60000": 4}
+CHANNELS = {"digits": 32, "digits_trusted": 32, "15000": 16, "60000": 8}  # of the model, and of the probe with it
 
 
 def poison(name: str, seed: int, size: int) -> Poison | None:
@@ -77,7 +78,7 @@ def measure(data: str, name: str, seed: int, *, filtering: bool) -> dict[str, An
     digits = data.startswith("digits")
     rows = Digits() if digits else FewerRows(int(data))
     what = poison(name, seed, 8 if digits else 28)
-    model = Classifier(SmallCNN(channels=32 if digits else 16), lr=5e-3 if digits else 2e-3, schedule="onecycle")
+    model = Classifier(SmallCNN(channels=CHANNELS[data]), lr=5e-3 if digits else 2e-3, schedule="onecycle")
     trusted = {"trusted": "val", "trusted_size": 100} if data == "digits_trusted" else {}
     callbacks: list[Any] = [] if what is None else [PoisonSimulation(what, 10)]
     callbacks += [DataFilter(**trusted)] if filtering else []

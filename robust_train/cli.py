@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 CURVE_STEPS = 20
+SCHEMA_ROWS = 1024  # that a manifest's schema is inferred from
 
 
 def main() -> None:
@@ -84,6 +85,7 @@ class _TrainingData:
 
     dataset: Any
     label_of: Callable[[Any], Any] | None
+    schema: dict[str, Any] | None
 
 
 def _training_data(overrides: list[str]) -> _TrainingData:
@@ -109,8 +111,30 @@ def _training_data(overrides: list[str]) -> _TrainingData:
 
         dataset = PoisonedDataset(dataset, poison, cfg.task.classes)
     sample = dataset[0]
-    places = label_candidates(sample, find_input(sample))
-    return _TrainingData(dataset, (lambda example: int(get(example, places[0]))) if places else None)
+    path = find_input(sample)
+    places = label_candidates(sample, path)
+    label_of = (lambda example: int(get(example, places[0]))) if places else None
+    return _TrainingData(dataset, label_of, _schema(dataset, path, places))
+
+
+def _schema(dataset: Any, path: Any, places: Any) -> dict[str, Any] | None:
+    """What batches of the data look like, from rows that are spread evenly over them; None if they make up no batch."""
+    import torch
+    from torch.utils.data import default_collate
+
+    from robust_train.callbacks._batch import get
+    from robust_train.poisoning.infer import infer, observe
+
+    rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), SCHEMA_ROWS)).round().long().tolist()
+    observed = []
+    for start in range(0, len(rows), 64):
+        try:
+            batch = default_collate([dataset[row] for row in rows[start : start + 64]])
+            observed.append(observe(get(batch, path), get(batch, places[0]) if places else None))
+        except (TypeError, ValueError, RuntimeError) as error:
+            print(f"no schema is recorded, because rows do not make up a batch: {' '.join(str(error).split())[:200]}")
+            return None
+    return infer(observed, source=f"{len(rows)} rows").to_dict()
 
 
 def run(cfg: DictConfig) -> float:

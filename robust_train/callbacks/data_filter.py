@@ -315,8 +315,7 @@ class DataFilter(Callback):
         if ranking and len(ranking) == len(judged.columns):
             rank_zero_warn(
                 f"DataFilter: {', '.join(ranking)} only ranks rows: no threshold could be calibrated, and nothing is "
-                "decided. The ranks are in filter_decisions.csv; to decide, add a filter that can (AUM, IsolatedGroups), "
-                "or give trusted rows"
+                "decided. The ranks are in filter_decisions.csv; to decide, add AUM or IsolatedGroups, or give trusted rows"
             )
         for note in judged.outcome.notes:
             rank_zero_warn(f"DataFilter: {note} A larger policy.max_drop or max_drop_per_class is your consent.")

@@ -58,8 +58,8 @@ class DataValidation(Callback):
             are checked for NaN and infinities only, and validation before or between them is not checked.
         skip: rules that are left out.
         remember_rows: how many rows of an epoch ``conflicts`` remembers, at about 200 bytes each.
-        manifest: path of a data manifest (``robust-train manifest``), whose class counts the balance is held against, in
-            place of the schema's shares.
+        manifest: path of a data manifest (``robust-train manifest``), whose class counts the balance is held against,
+            in place of the schema's shares.
         name: where several validations stand in one Trainer (one for each loader, or for each input): part of the
             names of their files and metrics.
 

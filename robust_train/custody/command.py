@@ -55,8 +55,8 @@ def manifest_main(argv: list[str], load: Load) -> None:
 
     Args:
         argv: what stands after ``robust-train manifest``.
-        load: from overrides, such as ``["data=fashion_mnist"]``, to an object with a ``dataset`` and a ``label_of``
-            (of an example; or None).
+        load: from overrides, such as ``["data=fashion_mnist"]``, to an object with a ``dataset``, a ``label_of``
+            (of an example; or None) and a ``schema`` (plain builtins, or None).
 
     Raises:
         SystemExit: with code 2 and one line where the arguments cannot be used or the data cannot be read.
@@ -141,7 +141,12 @@ def _record(settings: argparse.Namespace, path: Path, load: Load) -> Manifest:
     else:
         data = load(list(settings.overrides))
         made = Manifest.of(
-            data.dataset, label_of=data.label_of, overrides=settings.overrides, progress=_progress(), **about
+            data.dataset,
+            label_of=data.label_of,
+            schema=data.schema,
+            overrides=settings.overrides,
+            progress=_progress(),
+            **about,
         )
     return made if before is None else before.joined(made)
 

@@ -71,8 +71,18 @@ class RobustAccuracy(Metric):
 class AttackSuccessRate(Metric):
     """Of the examples that are classified right when clean, the share that some attack turns wrong.
 
-    Shapes: ``update(clean_preds, preds, target)``, predictions as in ``survivors``; ``compute()`` is a scalar in
-    [0, 1], NaN when no clean prediction was right.
+    With ``wanted``, the classes that a backdoor's attacker wants, it is the success rate of a trigger: of the examples
+    that are not of the wanted class, the share that is predicted to be, however the clean ones are classified.
+
+    Shapes: ``update(clean_preds, preds, target, wanted=None)``, predictions as in ``survivors``, ``wanted`` as
+    ``target``; ``clean_preds`` may be None with ``wanted``. ``compute()`` is a scalar in [0, 1], NaN when there was
+    nothing to fool.
+
+    Raises:
+        ValueError: in ``update``: shapes that do not fit, or neither ``clean_preds`` nor ``wanted``.
+
+    Reference:
+        Gu et al., "BadNets: Identifying Vulnerabilities in the Machine Learning Model Supply Chain", 2017 (triggers).
     """
 
     full_state_update = False
@@ -86,10 +96,19 @@ class AttackSuccessRate(Metric):
         self.add_state("fooled", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("right", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, clean_preds: Tensor, preds: Predictions, target: Tensor) -> None:
-        right = predicted(clean_preds) == target
-        self.fooled += (right & ~survivors(preds, target)).sum()
-        self.right += right.sum()
+    def update(
+        self, clean_preds: Tensor | None, preds: Predictions, target: Tensor, wanted: Tensor | None = None
+    ) -> None:
+        if wanted is not None:
+            others = wanted != target
+            hit = survivors(preds, wanted)  # right about the wanted class, so wrong about its own
+        elif clean_preds is not None:
+            others = predicted(clean_preds) == target
+            hit = ~survivors(preds, target)
+        else:
+            raise ValueError("attack success rate: give clean_preds, or the classes that a trigger's attacker wanted")
+        self.fooled += (others & hit).sum()
+        self.right += others.sum()
 
     def compute(self) -> Tensor:
         return self.fooled / self.right

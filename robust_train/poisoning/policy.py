@@ -16,8 +16,8 @@ class Policy:
             ``"drop"``: left out; ``"downweight"``: drawn less often.
         target_fpr: expected share of clean rows that a filter may flag.
         min_power: share of the canaries that a filter must find for its verdict to count.
-        max_drop: largest share of all rows that may be touched. What goes beyond it is kept, the least suspicious first,
-            and the report says so: a larger value is your explicit consent.
+        max_drop: largest share of all rows that may be touched. What goes beyond it is kept, the least suspicious
+            first, and the report says so: a larger value is your explicit consent.
         max_drop_per_class: the same of each class.
         weight: how often a down-weighted row is drawn, relative to the others.
 

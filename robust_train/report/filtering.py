@@ -137,8 +137,8 @@ def filter_page(decisions: Decisions, report: Mapping[str, Any], pictures: np.nd
 
     Args:
         decisions: about every row; the calibration of its columns is shown.
-        report: ``simulation`` says whether the data were poisoned on purpose, ``pictures.rows`` which rows the pictures show, ``notes`` (a list of text) is shown beneath the
-            outcome; the rest is not used.
+        report: ``simulation`` says whether the data were poisoned on purpose, ``pictures.rows`` which rows the pictures
+            show, ``notes`` (a list of text) is shown beneath the outcome; the rest is not used.
         pictures: uint8 ``(M, C, H, W)``; None: there are none.
 
     Returns:

@@ -27,7 +27,9 @@ class Loader:
         if "data=bad" in overrides:
             raise ValueError("data=bad: there is\nno such data set")
         x = self.x[overrides[0].partition("=")[2]]
-        return SimpleNamespace(dataset=TensorDataset(x, torch.arange(20) % 2), label_of=lambda row: int(row[1]))
+        return SimpleNamespace(
+            dataset=TensorDataset(x, torch.arange(20) % 2), label_of=lambda row: int(row[1]), schema=None
+        )
 
 
 @pytest.fixture
@@ -231,7 +233,7 @@ def test_a_reader_that_leaves_changes_nothing(load):
     code = (
         "import sys, types; from robust_train.custody.command import verify_main\n"
         "sys.stdin.read()\n"
-        "verify_main(['manifest.json', 'data=x'], lambda _: types.SimpleNamespace(dataset=[1], label_of=None))"
+        "verify_main(['manifest.json', 'data=x'], lambda _: types.SimpleNamespace(dataset=[1], label_of=None, schema=None))"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -68,6 +68,15 @@ def test_attack_success_rate_is_of_those_that_were_right():
     assert float(metric.compute()) == pytest.approx(2 / 3)
 
 
+def test_the_success_rate_of_a_trigger_is_of_those_that_are_not_of_the_wanted_class():
+    target, wanted = torch.tensor([0, 1, 2, 3]), torch.tensor([3, 3, 3, 3])
+    metric = AttackSuccessRate()
+    metric.update(None, torch.tensor([3, 3, 0, 3]), target, wanted)
+    assert float(metric.compute()) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="wanted"):
+        metric.update(None, torch.tensor([3]), torch.tensor([0]))
+
+
 def test_what_counts_as_a_classification():
     assert is_classification(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
     assert is_classification(torch.randn(4, 3, 5, 5), torch.zeros(4, 5, 5, dtype=torch.long))
