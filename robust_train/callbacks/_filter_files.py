@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 from robust_train.callbacks import _seams
 from robust_train.callbacks._batch import find_input, get
 from robust_train.callbacks._callback import plain
-from robust_train.callbacks._loaders import rebuilt
+from robust_train.callbacks._loaders import copied, rebuilt
 from robust_train.custody.digest import digests
 from robust_train.custody.merkle import merkle_root
 from robust_train.evasion.randomness import preserved_rng
@@ -227,7 +227,7 @@ def pictures(judged: Judged, loader: Any, inputs: str | int | None) -> tuple[np.
     if not rows:
         return None, []
     found = []
-    for batch in rebuilt(loader, Subset(loader.dataset, rows), shuffle=False):
+    for batch in copied(rebuilt(loader, Subset(loader.dataset, rows), shuffle=False), persistent_workers=False):
         x = get(batch, find_input(batch, inputs))
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             return None, []

@@ -110,7 +110,7 @@ class Judge:
             if scores.groups is not None:
                 suspects |= scores.groups.numpy() >= 0
         probed = time.perf_counter()
-        if self._worth_checking(columns, groups):
+        if self._worth_checking(columns, groups) and self._can_refer(suspects):
             self._check(seen, wrong, columns, groups, suspects)
         for _, verdict in columns.values():
             verdict.flagged[self._trusted[self._trusted < self._size]] = False
@@ -165,7 +165,7 @@ class Judge:
         seed: int = 0,
     ) -> Observed:
         """Train a copy on ``train`` and look at every row of ``looked_at``; without ``train`` only look."""
-        everything = rebuilt(self._loader, looked_at, shuffle=False)
+        everything = copied(rebuilt(self._loader, looked_at, shuffle=False), persistent_workers=False)
         observer = Observer(
             everything,
             len(looked_at),
@@ -212,7 +212,7 @@ class Judge:
     def _around(self) -> Callable[[Any], Any]:
         if not self._places.loader:
             return lambda batch: batch
-        template = _seams.first_batch(self._with(copied(self._loader)))
+        template = _seams.first_batch(self._with(copied(self._loader)))  # of copies, which it may begin
         return lambda batch: replaced(template, self._places.loader, batch)
 
     # --- scores and verdicts --------------------------------------------------------------------------------------
@@ -268,6 +268,10 @@ class Judge:
             or max(noise, default=0.0) > 2 * self._policy.target_fpr
         )
 
+    def _can_refer(self, suspects: np.ndarray) -> bool:
+        """Whether there are rows to train a reference on."""
+        return len(self._trusted) > 0 or int((~suspects).sum()) > 1
+
     def _check(
         self,
         seen: Observed,
@@ -296,7 +300,7 @@ class Judge:
             columns |= found
             more = np.any([verdict.flagged for _, verdict in found.values()], axis=0) & ~suspects
             suspects, rounds = suspects | more, rounds + 1
-            if rounds == ROUNDS or more.sum() <= self._policy.target_fpr * self._size:
+            if rounds == ROUNDS or more.sum() <= self._policy.target_fpr * self._size or not self._can_refer(suspects):
                 break
         margins, misled_margins = (-margin(reference, y).numpy() for y in (labels, misled))
         for name, numbers in groups.items():

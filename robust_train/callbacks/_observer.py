@@ -133,11 +133,6 @@ class Observer(Callback):
             pl_module, lambda step, *args, **kwargs: self._step(trainer, step, args, kwargs)
         )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._train:
-            self._look_at_everything(trainer, pl_module)
-            trainer.should_stop = True
-
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._margins.append(torch.full((self._size,), math.nan))
         self._losses.append(torch.full((self._size,), math.nan))
@@ -147,6 +142,9 @@ class Observer(Callback):
     ) -> None:
         if self._recorder is not None:
             self._rows = self._recorder.pop()
+        if not self._train and self.observed is None:  # as late as this: the module is ready for a step
+            self._look_at_everything(trainer, pl_module)
+            trainer.should_stop = True
 
     def _step(self, trainer: Any, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._recorder is None:
@@ -189,13 +187,19 @@ class Observer(Callback):
 
     # --- once it is over, still on its device ---------------------------------------------------------------------
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # before the module's own hook, in which it may put away what its step needs
+        if self._train and trainer.current_epoch + 1 == trainer.max_epochs:
+            self._look_at_everything(trainer, pl_module)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._train:
+        if self.observed is None:  # the module stopped the run early
             self._look_at_everything(trainer, pl_module)
 
     def _look_at_everything(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = self._own_step
         tables: dict[str, Table] = {}
+        modes = [(part, part.training) for part in pl_module.modules()]
         pl_module.eval()
         with (
             torch.no_grad(),
@@ -226,6 +230,8 @@ class Observer(Callback):
                     if values is not None:
                         tables.setdefault(name, Table(self._size)).write(done, values)
                 done += len(labels)
+        for part, training in modes:
+            part.training = training
         if not torch.isfinite(tables["logits"].values).all():
             raise ValueError(
                 "the copy of the module that DataFilter trains has logits that are not finite: it diverged. Train it "

@@ -605,7 +605,10 @@ def single_process_environment(trainer: Any) -> Any:
 def first_batch(loaders: Any) -> Any:
     """The first batch of several train loaders together, as the training loop puts it together."""
     combined = loaders if leaves_of(loaders) is not None else CombinedLoader(loaders, "max_size_cycle")
-    return next(iter(combined))[0]
+    try:
+        return next(iter(combined))[0]
+    finally:
+        combined.reset()  # ends the workers
 
 
 @contextmanager

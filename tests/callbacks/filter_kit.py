@@ -91,7 +91,7 @@ class Marked(Filter):
 
     def score(self, rows: Rows) -> Scores:
         values = torch.zeros(len(rows))
-        values[list(self.rows)] = 1.0
+        values[[row for row in self.rows if row < len(rows)]] = 1.0
         return Scores(values)
 
 

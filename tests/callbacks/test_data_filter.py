@@ -22,12 +22,14 @@ from foreign.runs import RecordingLogger, Witness, assert_same, fit, make_traine
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from pytorch_lightning.utilities.compile import from_compiled
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 from robust_train import DPSGD, PGD, AdversarialTraining, DataFilter, Policy, Probe, Threat
 from robust_train.callbacks import _filtering
 from robust_train.callbacks._filter_files import Mask
+from robust_train.callbacks._inner import throwaway_copy
 from robust_train.poisoning.filters.activation_clustering import ActivationClustering
 from robust_train.poisoning.filters.aum import AUM
 from robust_train.poisoning.filters.confident_learning import ConfidentLearning
@@ -47,6 +49,7 @@ pytestmark = [  # the first two are torch.compile's own
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     pytest.mark.filterwarnings("ignore:You requested to overfit:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size` from an ambiguous collection:UserWarning"),
 ]
 BAD = (3, 4, 5, 77, 150, 239)
@@ -69,7 +72,8 @@ def probes(monkeypatch):
 
 
 def marking(rows=BAD, **settings) -> DataFilter:
-    return DataFilter(filters={"marked": Marked(tuple(rows))}, **settings)
+    policy = Policy(max_drop=0.9, max_drop_per_class=0.9)
+    return DataFilter(**{"filters": {"marked": Marked(tuple(rows))}, "policy": policy, **settings})
 
 
 def idle(**settings) -> DataFilter:
@@ -224,15 +228,467 @@ def test_it_changes_nothing_where_module_or_data_module_give_the_data():
         assert_same(*traces)
 
 
-def test_a_compiled_module_is_judged_and_trains_as_without_it(monkeypatch):
-    def backend(graph, inputs):
-        return graph.forward
+def test_the_copy_of_a_compiled_module_runs_as_it_was_written():
+    module = Net()
+    compiled = torch.compile(module, backend="eager")
+    copied = throwaway_copy(from_compiled(compiled))
+    assert copied.training_step.__self__ is copied
+    assert copied.training_step.__func__ is Net.training_step
+    assert "forward" not in vars(copied)
 
+
+def test_a_function_that_the_module_holds_refers_to_the_copys_own_parts_in_the_copy():
+    class Closures(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = lambda x: self.net(x)
+            self.maps = []
+            self.net[0].register_forward_hook(lambda module, args, output: self.maps.append(output.detach()))
+
+        def forward(self, x):
+            return self.scores(x)
+
+    module = Closures()
+    copied = throwaway_copy(module)
+    copied(torch.rand(4, WIDTH)).sum().backward()
+    assert not module.maps
+    assert len(copied.maps) == 1
+    assert all(p.grad is None for p in module.parameters())
+    assert all(p.grad is not None for p in copied.parameters())
+    assert_same(trace_of(Closures), trace_of(Closures, idle()))
+
+
+def trace_of(kind, *callbacks):
+    torch.manual_seed(0)
+    return trace(fit(CASES["tuple"], *callbacks, module=kind(), data={"train_dataloaders": loader(table())}))
+
+
+def test_a_copy_that_still_reaches_the_module_is_refused():
+    class Shares(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keep = Holder(self.net)
+
+        def forward(self, x):
+            return self.keep.module(x)
+
+    class Holder:
+        def __init__(self, module) -> None:
+            self.module = module
+
+        def __deepcopy__(self, memo):
+            return self
+
+    with pytest.raises(ValueError, match="changed the module itself.*Make it a method"):
+        run(DataFilter([AUM()], probe=BRIEF), module=Shares())
+
+
+def test_a_module_that_cannot_be_copied_is_refused():
+    module = Net()
+    module.lines = (line for line in "abc")
+    with pytest.raises(ValueError, match="a copy of Net is to be trained, and it cannot be copied: .*generator.*Keep"):
+        run(idle(), module=module)
+
+
+def test_nothing_of_the_probe_remains():
+    class Looking(Net):
+        def on_train_start(self):
+            self.state_then = surroundings(self)
+
+    def surroundings(module):
+        trainer = module.trainer
+        hooks = [len(h) for m in module.modules() for n, h in vars(m).items() if n.endswith("_hooks") and h is not None]
+        return {
+            "handlers": {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGUSR1)},
+            "rank": rank_zero_only.rank,
+            "logger": trainer.logger is not None and trainer.logger.save_dir,
+            "dtype": torch.get_default_dtype(),
+            "deterministic": (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark),
+            "precision": torch.get_float32_matmul_precision(),
+            "environment": dict(os.environ),
+            "gradients": torch.is_grad_enabled(),
+            "module": sorted(set(vars(module)) - {"state_then"}),
+            "children": [type(m).__name__ for m in module.modules()],
+            "hooks": hooks,
+            "metrics": {k: float(v) for k, v in trainer.callback_metrics.items() if not k.startswith("filter/")},
+            "loops": (trainer.global_step, trainer.current_epoch, trainer.num_training_batches, trainer.should_stop),
+        }
+
+    found, after = [], []
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("high")
+    try:
+        for callbacks in ([], [idle()]):
+            torch.manual_seed(0)
+            found.append(module := Looking())
+            logger = RecordingLogger("runs")
+            run(
+                callbacks[0] if callbacks else None,
+                module=module,
+                deterministic=True,
+                precision="64-true",
+                logger=logger,
+            )
+            after.append((surroundings(module), sorted(vars(module.trainer.strategy)), dict(logger.hyperparams)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("highest")
+    assert found[0].state_then == found[1].state_then
+    assert_same(*({k: str(v) for k, v in s.items()} for s, *_ in after))
+    assert after[0][1] == after[1][1]
+    assert list(after[1][2]) == ["robust_train/DataFilter"]
+    ours = {"filter_report.json", "filter_decisions.csv", "filter_mask.json", "quarantine.json"}
+    assert {p.name for p in Path("runs").iterdir()} == ours
+    assert {p.name for p in Path().iterdir()} == {"runs"}
+
+
+# --- which rows are trained on -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["loader", "data module", "module"])
+@pytest.mark.parametrize("settings", [{}, {"num_workers": 2, "persistent_workers": True}, {"drop_last": True}], ids=str)
+def test_no_row_that_is_left_out_is_trained_on_and_no_other_is_lost(source, settings):
+    module = Net()
+    if source == "module":
+        module.train_dataloader = lambda: loader(table(), **settings)
+    data = {"loader": loader(table(), **settings), "data module": Data(table(), **settings), "module": None}[source]
+    callback = marking()
+    if data is None:
+        make_trainer(pl.Trainer, callback, limit_val_batches=0).fit(module)
+    else:
+        run(callback, data, module=module, max_epochs=2)
+    assert np.flatnonzero(~callback.kept).tolist() == list(BAD)
+    for rows in module.seen:
+        assert set(rows) <= set(GOOD)
+        assert len(rows) == len(set(rows)) == (len(GOOD) // 16 * 16 if settings.get("drop_last") else len(GOOD))
+    assert module.seen[0] != module.seen[1]
+
+
+class OneCycle(Net):
+    def configure_optimizers(self):
+        self.total = self.trainer.estimated_stepping_batches
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=self.total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@pytest.mark.parametrize("reload", [0, 1])
+def test_the_number_of_steps_is_that_of_the_rows_that_are_kept(reload):
+    module, data = OneCycle(), Data(table())
+    callback = marking(range(100))
+    _, trainer = run(
+        callback, data, module=module, max_epochs=3, reload_dataloaders_every_n_epochs=reload, limit_val_batches=1.0
+    )
+    assert module.total == trainer.global_step == 3 * -(-140 // 16)
+    assert [sorted(rows) for rows in module.seen] == [list(range(100, N))] * 3
+    assert module.validated == 3 * 2 + 2
+    assert float(trainer.callback_metrics["filter/kept"]) == 140
+    assert data.requests == (4 if reload else 2)
+
+
+def test_rows_are_left_out_also_where_the_loader_was_asked_for_earlier():
+    class Early(Net):
+        def setup(self, stage):
+            self.total = self.trainer.estimated_stepping_batches
+
+    module, _ = run(marking(range(100)), module=Early())
+    assert sorted(module.seen[0]) == list(range(100, N))
+
+
+def two_loaders(n_b=64):
+    return {"a": loader(table()), "b": loader(table(n_b, seed=4))}
+
+
+class TwoLoaders(Net):
+    def training_step(self, batch, batch_idx):
+        self.extra = [*getattr(self, "extra", []), *batch["b"][2].tolist()]
+        return super().training_step(batch["a"], batch_idx) + 0.1 * F.cross_entropy(self(batch["b"][0]), batch["b"][1])
+
+
+@pytest.mark.parametrize("combined", [False, True])
+def test_one_of_several_loaders_is_filtered(combined, probes):
+    data = two_loaders()
+    data = CombinedLoader(data, "max_size_cycle") if combined else data
+    module = TwoLoaders()
+    callback = DataFilter({"marked": Marked(BAD), "aum": AUM()}, probe=BRIEF, loader="a", inputs="0", labels="1")
+    run(callback, data, module=module)
+    assert probes
+    assert not set(module.seen[0]) & set(BAD)
+    assert set(np.flatnonzero(callback.kept)) == set(module.seen[0])
+    assert set(module.extra) == set(range(64))
+
+
+def test_the_other_loaders_draw_what_they_would_draw_otherwise():
     traces = []
-    for callbacks in ([], [idle()]):
+    for callbacks in ([], [idle(loader="a")]):
         torch.manual_seed(0)
-        module = torch.compile(TupleBatch(), backend=backend)
-        traces.append(trace(fit(CASES["tuple"], *callbacks, module=module, max_epochs=1)))
-    differing = {k for k in traces[0] if traces[0][k] != traces[1][k]}
-    assert not differing - {"module", "by_batch"}
-    assert traces[0]["module"].keys() == traces[1]["module"].keys()
+        data = two_loaders()
+        data["b"] = loader(
+            table(64, seed=4), generator=torch.Generator().manual_seed(2), num_workers=1, persistent_workers=True
+        )
+        found = fit(CASES["tuple"], *callbacks, module=TwoLoaders(), data={"train_dataloaders": data})
+        traces.append(trace(found))
+    assert_same(*traces)
+
+
+@pytest.mark.parametrize("which", [None, "c"])
+def test_which_loader_must_be_said(which):
+    said = (
+        r"2 train loaders \(a, b\): say which" if which is None else "loader='c' names none of the train loaders: a, b"
+    )
+    with pytest.raises(ValueError, match=said):
+        run(marking(loader=which), two_loaders(), module=TwoLoaders())
+
+
+def test_a_second_fit_keeps_the_mask_and_refuses_other_data(probes):
+    callback, module = DataFilter([AUM()], probe=BRIEF), Net()
+    data, _ = flipped(table())
+    _, trainer = run(callback, data, module=module)
+    kept, count = callback.kept.copy(), len(probes)
+    assert not kept.all()
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader(data))
+    assert len(probes) == count
+    assert set(module.seen[-1]) == set(np.flatnonzero(kept))
+    with pytest.raises(ValueError, match="made for 240 rows with root .* 100 rows with root .*with a new DataFilter"):
+        trainer.fit(module, loader(table(100)))
+    with pytest.raises(ValueError, match="made for 240 rows"):
+        run(callback, table(seed=1))
+
+
+def test_it_works_again_after_a_fit_that_failed():
+    class Fails(Net):
+        fail = True
+
+        def on_train_start(self):
+            if self.fail:
+                raise RuntimeError("stop here")
+
+    module, callback = Fails(), marking()
+    trainer = make_trainer(pl.Trainer, callback, limit_val_batches=0, max_epochs=1)
+    with pytest.raises(RuntimeError, match="stop here"):
+        trainer.fit(module, loader(table()))
+    assert "exchanges" not in vars(trainer.fit_loop._data_source)
+    module.fail = False
+    trainer.fit(module, loader(table()))
+    assert sorted(module.seen[-1]) == GOOD
+
+
+def test_a_probe_that_fails_leaves_the_trainer_as_it_was():
+    class Fails(Net):
+        def on_train_start(self):
+            raise RuntimeError("stop here")
+
+    module, callback = Fails(), DataFilter([AUM()], probe=BRIEF)
+    trainer = make_trainer(pl.Trainer, callback, limit_val_batches=0, max_epochs=1)
+    with pytest.raises(RuntimeError, match="stop here"):
+        trainer.fit(module, loader(table()))
+    assert "_restore_modules_and_callbacks" not in vars(trainer._checkpoint_connector)
+    with pytest.raises(RuntimeError, match="decided nothing yet"):
+        _ = callback.kept
+
+
+def test_rows_that_differ_in_every_call_of_the_loader_are_refused():
+    class Splits(Net):
+        def train_dataloader(self):
+            return loader(torch.utils.data.random_split(table(), [200, 40])[0])
+
+        def on_fit_start(self):
+            torch.rand(3)
+
+    seed_all(0)
+    with pytest.raises(ValueError, match=r"train_dataloader\(\) must give the same rows in every call"):
+        make_trainer(pl.Trainer, marking(), limit_val_batches=0).fit(Splits())
+
+
+# --- resuming, masks, quarantines ----------------------------------------------------------------------------------
+
+
+def checkpointed(folder="first", **settings):
+    saving = ModelCheckpoint(folder, save_last=True, enable_version_counter=False)
+    return [saving], {"enable_checkpointing": True, "default_root_dir": folder, **settings}
+
+
+def test_a_run_that_resumes_uses_the_same_mask_without_a_probe(probes):
+    data, _ = flipped(table())
+    callback = DataFilter([AUM()], probe=BRIEF)
+    saving, settings = checkpointed()
+    run(callback, data, *saving, **settings)
+    count = len(probes)
+    content = torch.load("first/last.ckpt", weights_only=True)
+    state = content["callbacks"]["DataFilter"]
+    assert json.loads(json.dumps(state)) == state
+    again, module = DataFilter([AUM()], probe=BRIEF), Net()
+    trainer = make_trainer(pl.Trainer, again, limit_val_batches=0, default_root_dir="second")
+    trainer.fit(module, loader(data), ckpt_path="first/last.ckpt", weights_only=True)
+    assert len(probes) == count > 0
+    assert (again.kept == callback.kept).all()
+    assert not again.kept.all()
+    assert set(module.seen[-1]) == set(np.flatnonzero(callback.kept))
+    assert Path("second/filter_mask.json").read_text() == Path("first/filter_mask.json").read_text()
+    other = make_trainer(pl.Trainer, DataFilter([AUM()]), limit_val_batches=0)
+    with pytest.raises(ValueError, match="mask was made for 240 rows with root"):
+        other.fit(Net(), loader(table(seed=3)), ckpt_path="first/last.ckpt", weights_only=True)
+
+
+def test_a_checkpoint_that_was_made_without_it_is_told_so(probes):
+    saving, settings = checkpointed()
+    run(None, None, *saving, **settings)
+    trainer = make_trainer(pl.Trainer, DataFilter([AUM()], probe=BRIEF), limit_val_batches=0)
+    with pytest.warns(UserWarning, match="checkpoint was trained without it"):
+        trainer.fit(Net(), loader(table()), ckpt_path="first/last.ckpt", weights_only=True)
+    assert probes
+
+
+def test_a_mask_file_is_used_without_a_probe(probes):
+    run(marking(), default_root_dir="first")
+    for path in ("first", "first/filter_mask.json"):
+        module, _ = run(callback := DataFilter(mask=path), default_root_dir="deep/second")
+        assert sorted(module.seen[0]) == GOOD
+        assert np.flatnonzero(~callback.kept).tolist() == list(BAD)
+    assert not probes[1:]
+    assert Path("deep/second/filter_mask.json").exists()
+    with pytest.raises(ValueError, match="made for 240 rows"):
+        run(DataFilter(mask="first"), table(100))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"version": 2}, "version 2 is not known"),
+        ({"keep": "!"}, "no mask"),
+        ({"keep": "AAAA"}, "3 bytes do not hold 240"),
+        ({"rows": True}, "rows or root"),
+        ({"action": "burn"}, "action 'burn' is not known"),
+        ({"weight": 3.0}, r"weight 3.0 is not in \(0, 1\]"),
+        ({"weight": float("inf")}, "Infinity is not JSON"),
+    ],
+)
+def test_a_mask_file_is_read_with_suspicion(change, said):
+    state = Mask(np.ones(240, dtype=bool), "0" * 64, "drop").to_dict() | change
+    Path("mask.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=f"^mask.json: .*{said}"):
+        Mask.read("mask.json")
+
+
+@pytest.mark.parametrize("weights", [None, np.where(np.arange(21) % 2 == 0, 0.1, 1.0), np.full(21, 0.1)])
+def test_a_mask_survives_its_file(weights, tmp_path):
+    mask = Mask(np.arange(21) % 3 > 0, "ab" * 32, "downweight", weights)
+    mask.write(tmp_path / Mask.FILE)
+    found = Mask.read(tmp_path)
+    assert (found.keep == mask.keep).all()
+    assert (found.root, found.action) == (mask.root, mask.action)
+    assert weights is None or len(set(weights)) == 1 or (found.weights == weights).all()
+
+
+def test_rows_that_were_restored_are_kept_and_stay_on_record():
+    run(marking(), default_root_dir="first")
+    Quarantine.read("first").restore([4, 77], reason="looked at", who="me").write("checked.json")
+    module, _ = run(marking(quarantine="checked.json"), default_root_dir="second")
+    assert set(range(N)) - set(module.seen[0]) == set(BAD) - {4, 77}
+    found = {entry.index: entry for entry in Quarantine.read("second").entries}
+    assert found.keys() == set(BAD)
+    assert {i for i, entry in found.items() if entry.status == "restored"} == {4, 77}
+    assert found[4].history[0].reason == "looked at"
+    x, y, row = table().tensors
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    moved = TensorDataset(x[order], y[order], row[order])
+    where = [order.tolist().index(row) for row in BAD]
+    module, _ = run(marking(where, quarantine="checked.json"), moved)
+    assert set(range(N)) - set(module.seen[0]) == set(BAD) - {4, 77}
+
+
+# --- what a run leaves behind --------------------------------------------------------------------------------------
+
+
+class Images(TupleBatch):
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels = []
+
+    def training_step(self, batch, batch_idx):
+        self.labels += batch[1].tolist()
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_files_agree_with_one_another_and_with_the_mask():
+    x, y = image_columns(60)
+    bad = torch.arange(0, 60, 7)
+    callback = marking(bad.tolist())
+    run(callback, image_loader(x, y, shuffle=True), module=Images())
+    decisions, found, quarantine = read_decisions("filter_decisions.csv"), report(), Quarantine.read(".")
+    assert (decisions.kept == callback.kept).all()
+    assert len(list(csv.reader(Path("filter_decisions.csv").read_text().splitlines()))) == 61
+    assert decisions.labels.tolist() == y.tolist()
+    assert [e.index for e in quarantine.entries] == bad.tolist()
+    assert quarantine.root == found["data"]["root"] == Mask.read(".").root
+    assert quarantine.entries[0].sha256 == decisions.digests[0]
+    assert found["outcome"] == "9 of 60 rows (15.00 %) are quarantined."
+    assert found["kept"] == 51
+    assert found["decisions"]["quarantine"] == 9
+    assert found["classes"][1]["rows"] == 20
+    assert found["settings"]["policy"]["action"] == "quarantine"
+    pictures = np.load("filter_suspicious.npy", allow_pickle=False)
+    assert pictures.shape == (9, 1, 8, 8)
+    assert pictures.dtype == np.uint8
+    assert sorted(found["pictures"]["rows"]) == bad.tolist()
+    shown = x[found["pictures"]["rows"]]
+    shown = (shown - shown.min()) / (shown.max() - shown.min()) * 255
+    assert np.abs(pictures - shown.numpy()).max() <= 0.5 + 1e-3
+
+
+def test_rows_that_are_weighted_down_are_drawn_less_often():
+    bad = range(0, N, 4)
+    callback = marking(bad, policy=Policy("downweight", weight=0.1, max_drop=0.5, max_drop_per_class=0.5))
+    module, _ = run(callback, max_epochs=10)
+    assert callback.kept.all()
+    drawn = np.bincount(np.concatenate(module.seen), minlength=N)
+    light = np.isin(np.arange(N), list(bad))
+    assert len(module.seen[0]) == N
+    assert 0.05 < drawn[light].mean() / drawn[~light].mean() < 0.2
+    decisions = read_decisions("filter_decisions.csv")
+    assert set(decisions.decision[light]) == {"downweight"}
+    assert set(decisions.weights[light]) == {0.1}
+    assert not Path("quarantine.json").exists()
+    assert report()["outcome"].startswith("60 of 240 rows (25.00 %) are drawn less often")
+
+
+def test_where_nothing_is_flagged_weights_change_nothing():
+    policy = Policy("downweight")
+    assert_same(trace_of(Net), trace_of(Net, marking((), policy=policy)))
+
+
+def test_rows_can_be_weighted_only_where_the_loader_draws_each_once():
+    data = loader(table(), shuffle=False, sampler=RandomSampler(range(N), replacement=True))
+    with pytest.raises(ValueError, match="can be weighted only where the train loader draws each of them once"):
+        run(DataFilter([AUM()], Policy("downweight")), data)
+
+
+def test_what_exceeds_the_caps_is_kept_and_said():
+    with pytest.warns(UserWarning, match="flagged, and no more than 72 may be touched .*your consent"):
+        module, _ = run(marking(range(0, N, 2), policy=Policy(max_drop_per_class=1.0)))
+    assert len(module.seen[0]) == N - 72
+    assert report()["capped"] == 120 - 72
+
+
+def test_a_fast_dev_run_writes_nothing_and_leaves_nothing_out(probes):
+    data, _ = flipped(table())
+    callback = DataFilter({"aum": AUM(), "marked": Marked(tuple(range(N))), "groups": IsolatedGroups()})
+    module = Net()
+    trainer = make_trainer(pl.Trainer, callback, fast_dev_run=True)
+    trainer.fit(module, loader(data))
+    assert probes
+    assert callback.kept.all()
+    assert not list(Path().iterdir())
+    run(callback, data)  # the mask of the fast run does not count
+    assert not callback.kept.all()
+
+
+@pytest.mark.parametrize("trusted", ["val", "rows", "dataset"])
+def test_a_fast_dev_run_goes_through_all_with_trusted_rows(trusted, probes):
+    given = {"val": "val", "rows": range(100, 140), "dataset": table(40, seed=5)}[trusted]
+    callback = DataFilter(trusted=given, policy=Policy("drop"))
+    trainer = make_trainer(pl.Trainer, callback, fast_dev_run=True)
+    trainer.fit(Net(), datamodule=Data(table()))
+    assert len(probes) > 2
+    assert callback.kept.all()
