@@ -1,4 +1,4 @@
-"""How rows are judged while the run itself trains: its own dynamics, after a warm-up, and a fresh start without them."""
+"""How rows are judged while the run itself trains: its dynamics, after a warm-up, and a fresh start without them."""
 
 from __future__ import annotations
 

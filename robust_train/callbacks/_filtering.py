@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, IterableDataset, Subset
 
 from robust_train.callbacks import _seams
@@ -20,7 +21,16 @@ from robust_train.callbacks._inner import fit_copy
 from robust_train.callbacks._loaders import copied, map_loaders, rebuilt
 from robust_train.callbacks._observer import Observed, Observer, Places, WrongLabels, margin
 from robust_train.callbacks._recorder import Recorder
-from robust_train.poisoning.decide import Outcome, Verdict, by_canaries, by_conflict, by_exclusion, decide
+from robust_train.poisoning.decide import (
+    CANARIES,
+    Outcome,
+    Verdict,
+    by_canaries,
+    by_conflict,
+    by_exclusion,
+    confirmed,
+    decide,
+)
 from robust_train.poisoning.filters.base import Filter, Rows, Scores
 from robust_train.poisoning.policy import Policy
 from robust_train.poisoning.probe import Probe
@@ -145,7 +155,7 @@ class Judge:
                 )
             rank_zero_info("DataFilter: looking at the rows through the checkpoint's weights.")
             return self._fit(rows, needs, wrong=None, train=None)
-        if not any(f.needs - {"inputs", "trusted"} or "label_noise" in f.finds for f in self._filters.values()):
+        if not any(f.needs - {"inputs", "trusted"} for f in self._filters.values()):
             return self._fit(rows, needs, wrong=None, train=None)  # nobody asks what the module makes of the rows
         recorder = Recorder()
         train = recorder.attach(self._for_training(rows))
@@ -303,6 +313,9 @@ class Judge:
             if rounds == ROUNDS or more.sum() <= self._policy.target_fpr * self._size or not self._can_refer(suspects):
                 break
         margins, misled_margins = (-margin(reference, y).numpy() for y in (labels, misled))
+        for name, (scores, verdict) in columns.items():
+            if name not in found and verdict.calibration["method"] == CANARIES:
+                columns[name] = scores, confirmed(verdict, margins)
         for name, numbers in groups.items():
             if (numbers >= 0).any():
                 verdict = by_exclusion(numbers, margins, margins[canary], misled_margins[canary], labels.numpy())
@@ -357,6 +370,27 @@ class Judge:
     def _trained_on(self, rows: np.ndarray, seed: int) -> Observed:
         train = self._for_training(Subset(self._all, rows.tolist()))
         return self._fit(self._all, frozenset(), wrong=None, train=train, seed=seed)
+
+
+def spare_a_row(judged: Judged, loader: DataLoader[Any], trainer: Any) -> None:
+    """Keep one row more where the last batch of an epoch would be a single row, and was not before.
+
+    Batch normalisation stops with an error there. The row is the one that the fewest filters flag.
+    """
+    outcome, size, n = judged.outcome, loader.batch_size, len(judged.labels)
+    light = outcome.touched & ~judged.refused
+    share = -(-np.array([n, n - int(outcome.touched.sum())]) // trainer.world_size)  # of a process
+    normalised = any(isinstance(m, _BatchNorm) for m in trainer.lightning_module.modules())
+    if not normalised or loader.drop_last or size is None or size < 2 or not light.any():
+        return
+    if share[0] % size != 1 and share[1] % size == 1 and share[1] > size:
+        flags = np.sum([column.flagged for column in judged.columns], axis=0)
+        row = int(np.flatnonzero(light)[flags[light].argmin()])
+        outcome.touched[row], outcome.capped[row] = False, True
+        outcome.notes.append(
+            f"Row {row} is kept, though flagged, so that no batch has a single row, which batch normalisation cannot "
+            "learn from: drop_last=True in the train loader lets it be left out."
+        )
 
 
 def trusted_rows(trainer: Any, trusted: Any, most: int | None, size: int) -> dict[str, Any]:

@@ -208,14 +208,15 @@ class Observer(Callback):
             _seams.autocast_context(trainer, "validation"),
         ):
             head: nn.Module | None = None
-            extractor = copy.deepcopy(self._extractor)  # the user's stays where and as it is
+            # a copy: the user's stays where and as it is
+            extractor = copy.deepcopy(self._extractor) if "features" in self._wanted else None
             if extractor is not None:
                 extractor.to(pl_module.device).eval()
             done = 0
             for batch in self._everything:
                 batch = _seams.transferred(trainer, self._around(batch))
                 layout = self._find(trainer, step, batch)
-                if head is None and "features" in self._wanted and self._extractor is None:
+                if head is None and "features" in self._wanted and extractor is None:
                     head = self._head(pl_module, layout, step, batch)
                 labels, inputs = self._labels(batch, layout), get(batch, layout.input_path)
                 features = None if extractor is None else extractor(inputs.clone()).flatten(1)

@@ -546,6 +546,7 @@ def data_for(trainer: Any, loader: Any) -> dict[str, Any]:
     return {"datamodule": data}
 
 
+PATIENCE = 10  # seconds for which a process that fails waits for the others to learn of it
 _turns = count()  # of waiting; all processes count alike
 
 
@@ -565,12 +566,16 @@ def wait_for_first(trainer: Any, work: Callable[[], Any]) -> Any:
                 found, error = work(), ""
         except BaseException as e:
             store.set(key, f"{type(e).__name__}: {e}")
+            until = time.monotonic() + PATIENCE  # the store ends with this process
+            while store.add(f"{key}/told", 0) < trainer.world_size - 1 and time.monotonic() < until:
+                time.sleep(0.05)
             raise
         store.set(key, error)
     else:
         while not store.check([key]):
             time.sleep(0.2)
         if error := store.get(key).decode():
+            store.add(f"{key}/told", 1)
             raise RuntimeError(f"the first process failed: {error}")
         found = None
     return trainer.strategy.broadcast(found)

@@ -18,7 +18,7 @@ from robust_train.callbacks._dp_run import run_folder
 from robust_train.callbacks._during import Watch
 from robust_train.callbacks._filter_files import Mask, identity, simulation, write_outputs
 from robust_train.callbacks._filter_refusals import PREDICATE, check_settings, named_filters, refuse_what_cannot_work
-from robust_train.callbacks._filtering import Judge, Judged, trusted_rows
+from robust_train.callbacks._filtering import Judge, Judged, spare_a_row, trusted_rows
 from robust_train.callbacks._loaders import (
     as_list,
     check_loader,
@@ -304,6 +304,7 @@ class DataFilter(Callback):
         folder: Path | None,
     ) -> Mask:
         """From what was found to a mask, and the files that say why."""
+        spare_a_row(judged, loader, trainer)
         touched, weights = judged.outcome.touched, None
         keep = ~touched
         if self.policy.action == "downweight":
@@ -315,10 +316,10 @@ class DataFilter(Callback):
         if ranking and len(ranking) == len(judged.columns):
             rank_zero_warn(
                 f"DataFilter: {', '.join(ranking)} only ranks rows: no threshold could be calibrated, and nothing is "
-                "decided. The ranks are in filter_decisions.csv; to decide, add AUM or IsolatedGroups, or give trusted rows"
+                "decided. The ranks are in filter_decisions.csv. To decide, add AUM or IsolatedGroups, or trusted rows"
             )
         for note in judged.outcome.notes:
-            rank_zero_warn(f"DataFilter: {note} A larger policy.max_drop or max_drop_per_class is your consent.")
+            rank_zero_warn(f"DataFilter: {note}")
         if folder is not None and trainer.is_global_zero:
             known = simulation(trainer, judged)
             settings = self.settings()

@@ -111,7 +111,7 @@ class PoisonSimulation(Callback):
     def _exchange(self, trainer: pl.Trainer, module: pl.LightningModule, loader: Any) -> Any:
         dataset = check_loader(loader).dataset
         if self._poisoned is None or self._poisoned[0] is not dataset:
-            with preserved_rng(torch.device("cpu")):
+            with preserved_rng(torch.device("cpu")), _seams.generators_kept(loader):
                 poison = self.poison
                 if isinstance(poison, CleanLabel) and poison.perturb is None and self.attack is not None:
                     poison = replace(poison, perturb=self._crafted(trainer, module, loader))
@@ -125,10 +125,8 @@ class PoisonSimulation(Callback):
         rank_zero_info(f"PoisonSimulation: training a model for {call_text(self.attack)} to attack.")
         kept = _Kept()
         epochs = Probe().epochs_for(len(loader))
-        with _seams.generators_kept(loader):
-            fit_copy(
-                trainer, module, rebuilt(loader, loader.dataset), epochs=epochs, seed=self.poison.seed, callbacks=[kept]
-            )
+        data = rebuilt(loader, loader.dataset)
+        fit_copy(trainer, module, data, epochs=epochs, seed=self.poison.seed, callbacks=[kept])
         model = kept.module.eval()
         attack, threat = self.attack, self.threat
 

@@ -10,11 +10,15 @@ import numpy as np
 
 from robust_train.poisoning.policy import Policy
 
+CANARIES = "label canaries"
 LEAST_CANARIES = 10
 STEPS = 99  # thresholds that are tried: quantiles of the canaries' scores
 SLACK = 1.0  # standard errors that are added to the estimated share of noise
 MOST_POWER = 0.97  # the last few canaries are not chased: they look clean
+ALL_OF_IT = 0.05  # share of a bad group that may bear its label by chance; beyond it only rows that contradict it count
 TAIL = 0.3  # share of the canaries that must lie above a threshold for the share of noise to be read there
+RECOGNISED = 0.5  # share of the canaries that a model must recognise for its word on groups to count
+CREDITED = 0.5  # power from which on noise is subtracted: nearer to where it is read, it excuses any weak filter
 
 
 @dataclass(frozen=True)
@@ -73,44 +77,65 @@ def by_canaries(
         scores: ``(N,)``; higher is more suspicious.
         canary: bool ``(N,)``: rows that were given a wrong label for the time of the probe.
         target_fpr: highest expected share of clean rows that are flagged.
-        min_power: least share of the canaries that must be found; below it nothing is flagged.
-        canary_scores: of the canaries under their wrong labels, ``(K,)``, where ``scores`` judges their own labels. None:
-            ``scores`` itself is under the wrong labels; canaries are then not judged.
+        min_power: least share of the canaries that must be found, beyond the share that is found of all rows; below it
+            nothing is flagged.
+        canary_scores: of the canaries under their wrong labels, ``(K,)``, where ``scores`` judges their own labels.
+            None: ``scores`` itself is under the wrong labels; canaries are then not judged.
         null: scores of trusted rows, ``(T,)``, or None.
 
     Guarantees:
-        With fewer than ten canaries, or where no threshold finds ``min_power`` of them, no row is flagged.
+        With fewer than ten canaries, or where no threshold finds ``min_power`` of them, no row is flagged; nor where
+        canaries score like any other row.
     """
     known = scores[canary] if canary_scores is None else canary_scores
     ordinary = scores[~canary]
     nothing = np.zeros(len(scores), dtype=bool)
-    evidence: dict[str, Any] = {"method": "label canaries", "canaries": len(known), "target_fpr": target_fpr}
+    evidence: dict[str, Any] = {"method": CANARIES, "canaries": len(known), "target_fpr": target_fpr}
     if len(known) < LEAST_CANARIES or not len(ordinary):
         return Verdict(nothing, None, {**evidence, "note": "too few canaries to calibrate with: nothing is decided"})
     share = share_of_noise(ordinary, known)
-    best: tuple[float, float, float] | None = None
+    possible: list[tuple[float, float, float]] = []  # power, false-positive rate and threshold
+    strongest = 0.0
     for threshold in np.unique(np.quantile(known, np.linspace(0.01, 0.99, STEPS))):
         power = float((known > threshold).mean())
         above = float((ordinary > threshold).mean())
-        fpr = max(0.0, above - share * power) / max(1 - share, 1e-9)
+        noise = share if power >= CREDITED or null is not None else 0.0
+        fpr = max(0.0, above - noise * power) / max(1 - noise, 1e-9)
         if null is not None:
             fpr = max(fpr, float((null > threshold).mean()) - 1 / np.sqrt(len(null)) * target_fpr)
-        if fpr <= target_fpr and power <= MOST_POWER and (best is None or power > best[1]):
-            best = float(threshold), power, fpr
-    evidence["noise_at_most"] = share
-    evidence["canary_scores"] = [
-        round(float(v), 4) for v in np.quantile(known, np.linspace(0, 1, min(len(known), 200)))
-    ]
-    if best is None or best[1] < min_power:
-        evidence["power"] = best[1] if best else 0.0
-        return Verdict(
-            nothing, None, {**evidence, "note": "too weak to tell clean rows from canaries: nothing is decided"}
-        )
-    threshold, power, fpr = best
+        if fpr <= target_fpr and power <= MOST_POWER:
+            strongest = max(strongest, power - above)
+            if power - above >= min_power:  # canaries that look like any row do not tell noise from clean rows
+                possible.append((power, fpr, float(threshold)))
+    evidence |= {
+        "noise_at_most": share,
+        "power": strongest,
+        "canary_scores": [round(float(v), 4) for v in np.quantile(known, np.linspace(0, 1, min(len(known), 200)))],
+    }
+    if not possible:
+        note = "too weak to tell clean rows from canaries: nothing is decided"
+        return Verdict(nothing, None, {**evidence, "note": note})
+    power, fpr, threshold = max(possible, key=lambda found: found[0])
     flagged = scores > threshold
     if canary_scores is None:
         flagged &= ~canary
     return Verdict(flagged, threshold, {**evidence, "expected_fpr": fpr, "power": power})
+
+
+def confirmed(verdict: Verdict, margins: np.ndarray) -> Verdict:
+    """A verdict on labels, for the rows whose label a model that was trained without them does not give either.
+
+    Args:
+        verdict: of a filter that watched a probe learn these labels.
+        margins: as in ``by_exclusion``.
+    """
+    flagged = verdict.flagged & (margins > 0)
+    note = f"{int(verdict.flagged.sum() - flagged.sum())} rows are kept, because a model trained without them agrees"
+    return Verdict(
+        flagged,
+        verdict.threshold,
+        {**verdict.calibration, "note": note} if verdict.flagged.any() else verdict.calibration,
+    )
 
 
 def by_conflict(scores: np.ndarray) -> Verdict:
@@ -138,8 +163,8 @@ def by_exclusion(
 
     Args:
         groups: int ``(N,)``, -1 where a row is in none.
-        margins: largest logit of another class minus that of the label, ``(N,)``, by a model that was trained without any
-            of the groups.
+        margins: largest logit of another class minus that of the label, ``(N,)``, by a model that was trained without
+            any of the groups.
         canary_own: the same of the canaries under their own labels, ``(K,)``; the model was trained without them too.
         canary_wrong: under the wrong labels, ``(K,)``.
         labels: int ``(N,)``; a group lies within one class.
@@ -149,6 +174,10 @@ def by_exclusion(
         like_canaries_if_large: the same for groups that are more than ``large`` of their class: a model that never saw
             one of the two styles of a class does not recognise it, and takes it for the most similar class.
         large: share of a class.
+
+    Guarantees:
+        With fewer than ten canaries, or where the model recognises less than half of them under their own labels, no
+        group is flagged.
 
     Reference:
         Chen et al., "Detecting Backdoor Attacks on Deep Neural Networks by Activation Clustering", 2018, section 5
@@ -164,7 +193,7 @@ def by_exclusion(
         share = float(rows.sum() / (labels == labels[rows][0]).sum())
         needed = like_canaries if share <= large else like_canaries_if_large
         bad = bool(agree <= most_agree and contradicts - error >= needed)
-        flagged |= rows & bad
+        flagged |= rows & bad & ((agree <= ALL_OF_IT) | (margins > 0))
         found.append(
             {
                 "group": int(group),
@@ -175,17 +204,23 @@ def by_exclusion(
                 "flagged": bad,
             }
         )
-    evidence = {
+    recognised = float((canary_own < 0).mean()) if len(canary_own) else None
+    evidence: dict[str, Any] = {
         "method": "training without the groups",
         "groups": found,
-        "agree_of_canaries": float((canary_own < 0).mean()) if len(canary_own) else None,
+        "agree_of_canaries": recognised,
         "most_agree": most_agree,
         "like_canaries": like_canaries,
         "like_canaries_if_large": like_canaries_if_large,
     }
-    if len(ordered) < LEAST_CANARIES:
-        flagged[:] = False
+    if recognised is None or len(ordered) < LEAST_CANARIES:
         evidence["note"] = "too few canaries to compare the groups with: nothing is decided"
+    elif recognised < RECOGNISED:
+        evidence["note"] = "too weak a model to recognise even the canaries' own labels: nothing is decided"
+    if "note" in evidence:
+        flagged[:] = False
+        for group in found:
+            group["flagged"] = False
     return Verdict(flagged, None, evidence)
 
 
@@ -239,7 +274,10 @@ def decide(
             order = np.flatnonzero(touched & among)
             order = order[np.argsort(-severity[order], kind="stable")]
             touched[order[allowed:]] = False
-            notes.append(f"{asked} rows of {what} were flagged, and no more than {allowed} may be touched ({most:g}).")
+            notes.append(
+                f"{asked} rows of {what} were flagged, and no more than {allowed} may be touched ({most:g}). A larger "
+                "policy.max_drop or max_drop_per_class is your consent."
+            )
 
     for label in np.unique(labels):
         cap(labels == label, policy.max_drop_per_class, f"class {label}")

@@ -20,16 +20,18 @@ def table(n: int = N, seed: int = 0) -> TensorDataset:
     """Rows ``(x, label, row number)`` in three clusters that a small network tells apart."""
     g = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % CLASSES
-    x = 0.5 * torch.randn(n, WIDTH, generator=g)
-    x[torch.arange(n), y] += 2.0
+    x = 0.3 * torch.randn(n, WIDTH, generator=g)
+    x[torch.arange(n), y] += 3.0
     return TensorDataset(x, y, torch.arange(n))
 
 
 def flipped(dataset: TensorDataset, share: float = 0.2, seed: int = 0) -> tuple[TensorDataset, Tensor]:
     """Some labels are wrong; and which, bool ``(N,)``."""
     x, y, row = dataset.tensors
-    bad = torch.rand(len(y), generator=torch.Generator().manual_seed(seed)) < share
-    return TensorDataset(x, torch.where(bad, (y + 1) % CLASSES, y), row), bad
+    g = torch.Generator().manual_seed(seed)
+    bad = torch.rand(len(y), generator=g) < share
+    shift = torch.randint(1, CLASSES, (len(y),), generator=g)
+    return TensorDataset(x, torch.where(bad, (y + shift) % CLASSES, y), row), bad
 
 
 class Net(pl.LightningModule):

@@ -233,7 +233,8 @@ def test_a_reader_that_leaves_changes_nothing(load):
     code = (
         "import sys, types; from robust_train.custody.command import verify_main\n"
         "sys.stdin.read()\n"
-        "verify_main(['manifest.json', 'data=x'], lambda _: types.SimpleNamespace(dataset=[1], label_of=None, schema=None))"
+        "data = types.SimpleNamespace(dataset=[1], label_of=None, schema=None)\n"
+        "verify_main(['manifest.json', 'data=x'], lambda _: data)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
