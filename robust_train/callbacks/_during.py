@@ -74,16 +74,24 @@ class Watch:
         """How many were watched."""
         return self._observer.epochs
 
-    def end(self, *, restart: bool) -> None:
-        """Leave the run alone; with ``restart`` what it learned so far goes."""
+    def end(self) -> None:
+        """Leave the run alone."""
         self._undo.close()
-        if restart:
-            self._module.load_state_dict(self._start["module"])
-            for optimizer, state in zip(self._trainer.optimizers, self._start["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            configs = self._trainer.lr_scheduler_configs
-            for config, state in zip(configs, self._start["schedulers"], strict=True):
-                config.scheduler.load_state_dict(state)
+
+    def start_again(self) -> None:
+        """Forget what was learned, if that was asked for.
+
+        To be called when the next epoch begins: whoever keeps a checkpoint or a metric of the last one then has
+        weights that belong to them.
+        """
+        if not self._start:
+            return
+        self._module.load_state_dict(self._start["module"])
+        for optimizer, state in zip(self._trainer.optimizers, self._start["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        configs = self._trainer.lr_scheduler_configs
+        for config, state in zip(configs, self._start["schedulers"], strict=True):
+            config.scheduler.load_state_dict(state)
 
     def judge(self, filters: Mapping[str, Filter], policy: Policy, restored: np.ndarray) -> Judged:
         """What the epochs so far say of the rows; the same on every process."""

@@ -195,6 +195,8 @@ def write_outputs(
     if images is not None:
         np.save(folder / PICTURES_FILE, images, allow_pickle=False)
         report["pictures"] = {"file": PICTURES_FILE, "rows": rows}
+    else:  # of an earlier run in the same folder
+        (folder / PICTURES_FILE).unlink(missing_ok=True)
     mask.write(folder / Mask.FILE)
     write_decisions(folder / DECISIONS_FILE, decisions)
     write_report(folder / REPORT_FILE, plain(report))

@@ -121,6 +121,12 @@ def _reasons(trainer: Any, module: Any, data_filter: Any) -> Iterator[str]:
             "DPSGD's guarantee does not hold: use DataFilter(predicate=…), which looks at one example, or filter in a "
             "run of its own on public data"
         )
+    watched = data_filter.warmup_epochs if data_filter.when == "during" and not trainer.fast_dev_run else None
+    if watched is not None and trainer.max_epochs is not None and 0 <= trainer.max_epochs <= watched:
+        yield (
+            f"DataFilter(when='during', warmup_epochs={watched}) judges the rows after its warm-up, and Trainer("
+            f"max_epochs={trainer.max_epochs}) ends there: train for more epochs, which include it, or shorten it"
+        )
 
 
 def _count(value: Any, least: int) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from robust_train.callbacks import _seams
 from robust_train.callbacks._callback import Callback
@@ -87,7 +88,7 @@ def throwaway_copy(module: pl.LightningModule, checkpoint: str | None = None) ->
     """A deep copy of a module that was set up, to be trained once.
 
     Functions that it holds and that refer to the module or a part of it (hooks, mostly) refer to the copy's. What is
-    compiled is not: compiling takes longer than a probe.
+    compiled is not: compiling takes longer than a probe. Datasets and loaders that it holds are shared.
 
     Args:
         module: the user's.
@@ -96,7 +97,7 @@ def throwaway_copy(module: pl.LightningModule, checkpoint: str | None = None) ->
     Raises:
         ValueError: the module cannot be copied, or the checkpoint does not fit.
     """
-    memo: dict[int, Any] = {}
+    memo = {id(value): value for value in vars(module).values() if isinstance(value, (Dataset, DataLoader))}
     try:
         new = _seams.detached_copy(module, memo)
     except Exception as error:

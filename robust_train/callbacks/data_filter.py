@@ -18,7 +18,8 @@ from robust_train.callbacks._dp_run import run_folder
 from robust_train.callbacks._during import Watch
 from robust_train.callbacks._filter_files import Mask, identity, simulation, write_outputs
 from robust_train.callbacks._filter_refusals import PREDICATE, check_settings, named_filters, refuse_what_cannot_work
-from robust_train.callbacks._filtering import Judge, Judged, spare_a_row, trusted_rows
+from robust_train.callbacks._filter_rows import spare_a_row, trusted_rows
+from robust_train.callbacks._filtering import Judge, Judged
 from robust_train.callbacks._loaders import (
     as_list,
     check_loader,
@@ -144,6 +145,7 @@ class DataFilter(Callback):
         check_settings(self)
         self._mask: Mask | None = None
         self._watch: Watch | None = None
+        self._judged_by: Watch | None = None  # in the epoch that has just ended
         self._resumed = self._quick_run = False
         self._judged: Any = None  # the dataset that the mask is for
         self._place: tuple[str | int, ...] = ()
@@ -202,6 +204,9 @@ class DataFilter(Callback):
             self._purge(trainer, self._watch)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._judged_by is not None:
+            self._judged_by.start_again()
+            self._judged_by = None
         if self._watch is not None:
             self._watch.epoch_begins()
         if self._mask is not None:
@@ -215,7 +220,7 @@ class DataFilter(Callback):
 
     def _leave(self) -> None:
         if self._watch is not None:
-            self._watch.end(restart=False)
+            self._watch.end()
             self._watch = None
         self._undo.close()
 
@@ -304,6 +309,8 @@ class DataFilter(Callback):
         folder: Path | None,
     ) -> Mask:
         """From what was found to a mask, and the files that say why."""
+        for note in judged.outcome.notes:
+            rank_zero_warn(f"DataFilter: {note}")
         spare_a_row(judged, loader, trainer)
         touched, weights = judged.outcome.touched, None
         keep = ~touched
@@ -318,8 +325,14 @@ class DataFilter(Callback):
                 f"DataFilter: {', '.join(ranking)} only ranks rows: no threshold could be calibrated, and nothing is "
                 "decided. The ranks are in filter_decisions.csv. To decide, add AUM or IsolatedGroups, or trusted rows"
             )
-        for note in judged.outcome.notes:
-            rank_zero_warn(f"DataFilter: {note}")
+        for column in judged.columns:
+            if bad := [group for group in column.calibration.get("groups", ()) if group["flagged"]]:
+                count = sum(group["rows"] for group in bad)
+                rank_zero_info(
+                    f"DataFilter: {column.name} found {len(bad)} groups ({count} rows) apart from their class "
+                    "that a model trained without them takes for another one. Poison does, and so may a kind of its "
+                    "own within a class: look at filter_report.html, restore what is harmless, or give trusted rows."
+                )
         if folder is not None and trainer.is_global_zero:
             known = simulation(trainer, judged)
             settings = self.settings()
@@ -352,7 +365,8 @@ class DataFilter(Callback):
         folder = run_folder(trainer)
         keep = self._settle(trainer, judged, loader, content, root, earlier, folder).keep
         self._judged, self._watch = loader.dataset, None
-        watch.end(restart=self.restart)
+        watch.end()
+        self._judged_by = watch
         _seams.reload_train_loader(trainer)
         again = " Training starts again from the beginning." if self.restart else ""
         rank_zero_info(f"DataFilter: {int(keep.sum())} of {len(keep)} rows are trained on from here.{again}")

@@ -13,9 +13,10 @@ from robust_train.poisoning.policy import Policy
 CANARIES = "label canaries"
 LEAST_CANARIES = 10
 STEPS = 99  # thresholds that are tried: quantiles of the canaries' scores
-SLACK = 1.0  # standard errors that are added to the estimated share of noise
+SLACK = 0.5, 1.0, 15.0  # standard errors that are added to the share of noise: least, most, and over sqrt(canaries)
 MOST_POWER = 0.97  # the last few canaries are not chased: they look clean
 ALL_OF_IT = 0.05  # share of a bad group that may bear its label by chance; beyond it only rows that contradict it count
+MOST_NOISE = 0.5  # share of noise beyond which nobody can say which labels are the wrong ones
 TAIL = 0.3  # share of the canaries that must lie above a threshold for the share of noise to be read there
 RECOGNISED = 0.5  # share of the canaries that a model must recognise for its word on groups to count
 CREDITED = 0.5  # power from which on noise is subtracted: nearer to where it is read, it excuses any weak filter
@@ -40,7 +41,7 @@ def share_of_noise(scores: np.ndarray, canaries: np.ndarray) -> float:
     """The share of rows that can be as suspicious as the canaries.
 
     If a share ``r`` of the rows is drawn from the canaries' distribution, at least ``r`` times the canaries' tail lies
-    above every threshold. The estimate is the smallest ratio of the two tails, with a standard error in each.
+    above every threshold. The estimate is the smallest ratio of the two tails, with some standard errors in each.
 
     Args:
         scores: of ordinary rows, ``(N,)``.
@@ -50,11 +51,12 @@ def share_of_noise(scores: np.ndarray, canaries: np.ndarray) -> float:
         Blanchard, Lee and Scott, "Semi-Supervised Novelty Detection", 2010, section 5 (mixture proportion).
     """
     bound, n, k = 1.0, len(scores), len(canaries)
+    slack = float(np.clip(SLACK[2] / np.sqrt(k), *SLACK[:2]))  # the smallest of many ratios is too small if k is
     for threshold in np.quantile(canaries, np.linspace(0.01, 1 - TAIL, STEPS)):
         known, seen = (canaries > threshold).mean(), (scores > threshold).mean()
-        known = known - SLACK * np.sqrt(known * (1 - known) / k)
+        known = known - slack * np.sqrt(known * (1 - known) / k)
         if known > 0:
-            bound = min(bound, (seen + SLACK * np.sqrt(seen * (1 - seen) / n)) / known)
+            bound = min(bound, (seen + slack * np.sqrt(seen * (1 - seen) / n)) / known)
     return float(bound)
 
 
@@ -112,6 +114,9 @@ def by_canaries(
         "power": strongest,
         "canary_scores": [round(float(v), 4) for v in np.quantile(known, np.linspace(0, 1, min(len(known), 200)))],
     }
+    if share > MOST_NOISE:
+        note = f"too weak to tell, or more than {MOST_NOISE:.0%} of the labels are wrong: nothing is decided"
+        return Verdict(nothing, None, {**evidence, "note": note})
     if not possible:
         note = "too weak to tell clean rows from canaries: nothing is decided"
         return Verdict(nothing, None, {**evidence, "note": note})

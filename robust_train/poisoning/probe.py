@@ -9,7 +9,7 @@ from torch import nn
 
 STEPS = 700  # optimizer steps that a probe is given where its number of epochs is not
 FEWEST, MOST = 3, 20
-CANARIES = (0.02, 50, 2000)  # share, and fewest and most rows
+CANARIES = (0.03, 50, 2000)  # share, and fewest and most rows
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,13 @@ class Probe:
         checkpoint: a file whose weights the copy takes instead of being trained. There are no training dynamics then.
         extractor: maps inputs to features ``(B, D)``, for example a network trained elsewhere; None: what the module's
             last layer is given.
-        canaries: share of the rows that bear a wrong label while the probe is trained; None: 2 %, between 50 and 2,000
+        canaries: share of the rows that bear a wrong label while the probe is trained; None: 3 %, between 50 and 2,000
             rows. Thresholds are calibrated with them.
         seed: of everything that is drawn.
 
     Raises:
         ValueError: a setting is out of range.
+        TypeError: ``extractor`` is no module.
     """
 
     epochs: int | None = None
@@ -36,8 +37,14 @@ class Probe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs is not None and (isinstance(self.epochs, bool) or self.epochs < 1):
-            raise ValueError(f"probe.epochs must be a whole number >= 1, got {self.epochs!r}")
+        for name, least in (("epochs", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if name == "epochs" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"probe.{name} must be a whole number >= {least}, got {value!r}")
+        if self.extractor is not None and not isinstance(self.extractor, nn.Module):
+            raise TypeError(f"probe.extractor must be a torch module, got {self.extractor!r}")
         if self.checkpoint is not None and self.epochs is not None:
             raise ValueError("probe.epochs must be left out with probe.checkpoint, whose weights are not trained on")
         if self.canaries is not None and not 0 < self.canaries <= 0.2:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from foreign.runs import make_trainer, portrait, seed_all
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from robust_train import DataFilter, Policy, Probe
 from robust_train.poisoning.filters.base import Filter, Rows, Scores
 
 N, CLASSES, WIDTH = 240, 3, 6
@@ -106,3 +111,60 @@ class Idle(Filter):
 
     def score(self, rows: Rows) -> Scores:
         return Scores(torch.zeros(len(rows)))
+
+
+BAD = (3, 4, 5, 77, 150, 239)  # what is marked
+BRIEF = Probe(epochs=2)
+
+
+def marking(rows=BAD, **settings) -> DataFilter:
+    policy = Policy(max_drop=0.9, max_drop_per_class=0.9)
+    return DataFilter(**{"filters": {"marked": Marked(tuple(rows))}, "policy": policy, **settings})
+
+
+def idle(**settings) -> DataFilter:
+    return DataFilter(**{"filters": {"idle": Idle()}, "probe": BRIEF, **settings})
+
+
+def run(callback, data=None, *others, module=None, seed=0, **settings):
+    """A short fit; ``data`` is a dataset, a loader, a structure of loaders, or a data module."""
+    seed_all(seed)
+    data = table() if data is None else data
+    data = loader(data) if isinstance(data, Dataset) else data
+    module = Net() if module is None else module
+    callbacks = [c for c in (callback, *others) if c is not None]
+    trainer = make_trainer(pl.Trainer, *callbacks, **{"max_epochs": 1, "limit_val_batches": 0, **settings})
+    kind = "datamodule" if isinstance(data, pl.LightningDataModule) else "train_dataloaders"
+    trainer.fit(module, **{kind: data})
+    return module, trainer
+
+
+def report() -> dict[str, Any]:
+    return json.loads(Path("filter_report.json").read_text())
+
+
+def trace(found) -> dict[str, Any]:
+    """All that must be the same, but for what the callback itself logs."""
+    history = [(step, {k: v for k, v in m.items() if not k.startswith("filter/")}) for step, m in found.logger.history]
+    history = [(step, m) for step, m in history if set(m) - {"epoch"}]
+    metrics = {k: v for k, v in found.trace["metrics"].items() if not k.startswith("filter/")}
+    return {**found.trace, "history": portrait(history), "metrics": metrics}
+
+
+def checkpointed(folder="first", **settings):
+    saving = ModelCheckpoint(folder, save_last=True, enable_version_counter=False)
+    return [saving], {"enable_checkpointing": True, "default_root_dir": folder, **settings}
+
+
+def rates(callback, bad) -> tuple[float, float]:
+    left_out = torch.from_numpy(~callback.kept)
+    return float(left_out[bad].float().mean()), float(left_out[~bad].float().mean())
+
+
+def even(example) -> bool:
+    return int(example[2]) % 2 == 0
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([table()[i] for i in range(N)])

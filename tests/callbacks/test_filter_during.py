@@ -118,7 +118,7 @@ def test_after_the_run_module_and_trainer_are_as_before():
     module, trainer = run(watching())
     assert "training_step" not in module.__dict__
     assert "setup_data" not in trainer.fit_loop.__dict__
-    short, trainer = run(watching(), epochs=2)  # the warm-up was never over
+    short, trainer = run(watching(), max_steps=8)  # the warm-up was never over
     assert "training_step" not in short.__dict__
     assert "setup_data" not in trainer.fit_loop.__dict__
 
@@ -129,6 +129,18 @@ def test_it_works_with(settings):
     module, _ = run(data_filter, **settings)
     assert sorted(module.seen[-1]) == np.flatnonzero(data_filter.kept).tolist()
     assert not data_filter.kept.all()
+
+
+def test_a_checkpoint_of_the_warm_up_has_the_weights_that_its_metric_is_of(tmp_path):
+    starts, keep = Starts(), ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    run(watching(), NOISY, starts, keep, enable_checkpointing=True)
+    saved = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)["state_dict"]["net.0.weight"]
+    assert not torch.equal(saved, starts.weights[0])
+
+
+def test_a_run_that_ends_with_the_warm_up_is_refused():
+    with pytest.raises(ValueError, match=r"warmup_epochs=3.*max_epochs=3"):
+        run(watching(), epochs=3)
 
 
 def test_other_filters_and_adversarial_examples_are_refused():

@@ -1,17 +1,14 @@
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from filter_kit import CLASSES, Data, Marked, N, Net, loader, table
+from filter_kit import CLASSES, Data, Marked, N, Net, Stream, loader, report, table, trace
 from foreign.cases import CASES
 from foreign.data import image_columns
 from foreign.runs import fit, make_trainer, portrait, seed_all
-from test_data_filter import Noisy, Stream, trace
+from test_data_filter import Noisy
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from robust_train import PGD, DataFilter, PoisonSimulation, Probe, Threat
@@ -45,10 +42,6 @@ def run(data, *callbacks, module=None, **settings):
     trainer = make_trainer(pl.Trainer, *callbacks, **{"max_epochs": 1, "limit_val_batches": 0, **settings})
     trainer.fit(module, data)
     return module, trainer
-
-
-def report():
-    return json.loads(Path("filter_report.json").read_text())
 
 
 @pytest.mark.parametrize("source", ["loader", "data module"])
