@@ -1,5 +1,5 @@
 """Shipped as ``hydra_plugins/robust_train_configs.py``, the only place where Hydra looks for plugins."""
 
-from robust_train.hydra_plugin import RobustTrainConfigs
+from robust_train.hydra_plugin import RobustTrainConfigs, RobustTrainSearchPath
 
-__all__ = ["RobustTrainConfigs"]
+__all__ = ["RobustTrainConfigs", "RobustTrainSearchPath"]

@@ -11,9 +11,9 @@ import importlib.util
 import inspect
 import pkgutil
 import re
+import traceback
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from difflib import get_close_matches
 from typing import Any
 
 import hydra.utils
@@ -21,9 +21,10 @@ from hydra import compose, initialize
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, InstantiationException
 from hydra.version import VersionBase
-from omegaconf import Container, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from robust_train.explain import dotted_keys, explained, hint, in_one_line
 from robust_train.hydra_plugin import config_dir, register
 
 ALLOWED = (
@@ -76,7 +77,7 @@ def build(node: Any, *, allow: Sequence[str] = ()) -> Any:
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as cause:
-        raise ConfigError(f"{cause.full_key or root or 'config'}: {_one_line(cause)}") from cause
+        raise ConfigError(f"{cause.full_key or root or 'config'}: {in_one_line(cause)}") from cause
     with _hydra_whitelist((*ALLOWED, *allow)):
         vetted = _vet(plain, root, tuple(allow))
         try:
@@ -88,7 +89,7 @@ def build(node: Any, *, allow: Sequence[str] = ()) -> Any:
                 r"^full_key: (.*)$", "\n".join([str(error), *getattr(error, "__notes__", [])]), re.MULTILINE
             )
             key = ".".join(part for part in (root, place[1] if place else "") if part) or "config"
-            raise ConfigError(f"{key}: {_one_line(cause)}") from cause
+            raise ConfigError(_no_such_setting(cause, key) or f"{key}: {in_one_line(cause)}") from cause
 
 
 def recipe(name: str, *overrides: str, allow: Sequence[str] = ()) -> list[Any]:
@@ -107,24 +108,55 @@ def recipe(name: str, *overrides: str, allow: Sequence[str] = ()) -> list[Any]:
     Raises:
         ConfigError: there is no such recipe, an override does not fit, or a callback cannot be built.
     """
+    callbacks = build(recipe_config(name, *overrides).get("callbacks") or {}, allow=allow)
+    return [callback for callback in callbacks.values() if callback is not None]
+
+
+def recipe_names() -> list[str]:
+    """The names of all recipes, sorted."""
     folder = config_dir("recipes")
-    known = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
-    if name not in known:
-        raise ConfigError(f"unknown recipe {name!r}{_hint(name, known)}; available: {', '.join(known)}")
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def recipe_config(name: str, *overrides: str) -> DictConfig:
+    """What a recipe consists of, composed and not built: its callbacks, and the threat that they share.
+
+    Args:
+        name: as in ``recipe``.
+        overrides: as in ``recipe``.
+
+    Raises:
+        ConfigError: there is no such recipe, or an override does not fit.
+    """
+    if name not in (known := recipe_names()):
+        raise ConfigError(f"recipe: there is no {name!r}{hint(name, known)}; available: {', '.join(known)}")
     register()
-    mounts = "hydra.searchpath=[robust-train://,robust-train://robust_train]"
     outer, version = GlobalHydra.instance().hydra, VersionBase.instance().version_base
     GlobalHydra.instance().clear()
+
+    def composed(*changes: str) -> DictConfig:
+        mounts = "hydra.searchpath=[robust-train://,robust-train://robust_train]"
+        return compose(overrides=[mounts, f"+recipe={name}", *changes])
+
     try:
         with initialize(config_path=None, version_base="1.3"):
-            # a recipe may choose a model, for which there has to be one to choose; it is not built
-            config = compose(overrides=[mounts, "+model=small_cnn", f"+recipe={name}", *overrides])
-    except (HydraException, OmegaConfBaseException) as cause:
-        raise ConfigError(f"recipe {name!r}: {_one_line(cause)}") from cause
+            try:
+                return composed(*overrides)
+            except (HydraException, OmegaConfBaseException) as cause:
+                raise ConfigError(f"recipe {name!r}: {explained(cause, lambda: dotted_keys(composed()))}") from cause
     finally:
         GlobalHydra.instance().hydra, VersionBase.instance().version_base = outer, version
-    callbacks = build(config.get("callbacks") or {}, allow=allow)
-    return [callback for callback in callbacks.values() if callback is not None]
+
+
+def _no_such_setting(error: BaseException, key: str) -> str | None:
+    """What to say of an argument that a constructor does not have, with the nearest that it has."""
+    found = re.search(r"([\w.]+?)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not isinstance(error, TypeError) or found is None or error.__traceback__ is None:
+        return None
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)  # of the call that was refused
+    called = next((v for v in frame.f_locals.values() if getattr(v, "__qualname__", None) == found[1]), None)
+    known = inspect.signature(called).parameters if called is not None else ()
+    return f"{key}.{found[2]}: {found[1]} has no such setting{hint(found[2], known)}"
 
 
 def _vet(value: Any, key: str, allow: tuple[str, ...]) -> Any:
@@ -177,7 +209,7 @@ def _locate(target: str, key: str) -> Any:
     try:
         found = importlib.import_module(parts[0])
     except ImportError as cause:
-        raise ConfigError(f"{key}: cannot import {target!r}: {_one_line(cause)}") from cause
+        raise ConfigError(f"{key}: cannot import {target!r}: {in_one_line(cause)}") from cause
     for depth, part in enumerate(parts[1:], start=2):
         parent = found
         try:
@@ -187,8 +219,8 @@ def _locate(target: str, key: str) -> Any:
                 found = importlib.import_module(".".join(parts[:depth]))
             except ImportError as cause:
                 beside = [".".join([*parts[: depth - 1], name]) for name in _names_in(parent)]
-                hint = _hint(".".join(parts[:depth]), beside) if parts[0] == "robust_train" else ""
-                raise ConfigError(f"{key}: cannot import {target!r}: {_one_line(cause)}{hint}") from cause
+                nearest = hint(".".join(parts[:depth]), beside) if parts[0] == "robust_train" else ""
+                raise ConfigError(f"{key}: cannot import {target!r}: {in_one_line(cause)}{nearest}") from cause
     return found
 
 
@@ -214,13 +246,3 @@ def _below(name: str, packages: Iterable[str]) -> bool:
 
 def _how_to_allow(name: str) -> str:
     return f"if you trust it, pass allow=[{name.partition('.')[0]}]"
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _one_line(error: object) -> str:
-    text = re.sub(r"^full_key: .*$", "", str(error), flags=re.MULTILINE)
-    return " ".join(text.split()) or type(error).__name__

@@ -7,6 +7,9 @@ collide with the groups of another app. Our own yaml files refer to one another 
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -18,6 +21,7 @@ from omegaconf import OmegaConf
 
 PACKAGE = Path(__file__).resolve().parent
 MOUNTS = ("", "robust_train")
+LONGEST = 120  # characters of a folder's name
 
 
 def config_dir(name: str) -> Path:
@@ -33,13 +37,34 @@ def config_dir(name: str) -> Path:
     return packaged if packaged.is_dir() else PACKAGE.parent / name
 
 
-class CommandLineSearchPath(SearchPathPlugin):
-    """Both mounts on the search path of our own command line; other apps never see it."""
+def slug(overrides: Sequence[str]) -> str:
+    """A folder's name for a job of a sweep, the same whatever the order of its overrides.
+
+    Names that had to be changed or cut end in a digest, so that no two jobs share one.
+    """
+    names = sorted(map(str, overrides), key=lambda override: ("." in override.partition("=")[0], override))
+    text = ",".join(names) or "defaults"  # choices first, such as the recipe
+    short = re.sub(r"[^\w.,=+-]+", "_", text)[:LONGEST]
+    return short if short == text else f"{short}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+OmegaConf.register_new_resolver("robust_train.slug", slug, replace=True)
+
+
+class RobustTrainSearchPath(SearchPathPlugin):
+    """Our configs below ``robust_train/`` on the search path of every Hydra app of the environment."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the mounts behind what the user's ``--config-dir`` brings."""
-        for mount in MOUNTS:
-            search_path.append("robust-train", f"robust-train://{mount}")
+        """Append the mount behind the app's own configs."""
+        search_path.append("robust-train", "robust-train://robust_train")
+
+
+class CommandLineSearchPath(SearchPathPlugin):
+    """Our configs without a prefix, on the search path of our own command line; other apps never see it."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append the mount behind what the user's ``--config-dir`` brings."""
+        search_path.append("robust-train", "robust-train://")
 
 
 def register() -> None:
@@ -48,6 +73,7 @@ def register() -> None:
     Calling it again, or after Hydra has found the source by itself, changes nothing.
     """
     Plugins.instance().register(RobustTrainConfigs)
+    Plugins.instance().register(RobustTrainSearchPath)
 
 
 class RobustTrainConfigs(ConfigSource):

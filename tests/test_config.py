@@ -230,7 +230,7 @@ def test_a_constructors_error_is_one_line_with_its_key_and_its_cause():
 
 
 def test_an_argument_that_the_constructor_does_not_have():
-    refused({"threat": {**THREAT, "epz": 1}}, r"^threat: Threat.*unexpected keyword argument 'epz'")
+    refused({"threat": {**THREAT, "epz": 1}}, r"^threat\.epz: Threat has no such setting \(did you mean 'eps'\?\)")
 
 
 def test_an_unknown_name_of_ours_comes_with_the_nearest_one():
@@ -262,7 +262,9 @@ def test_a_callback_set_to_null_is_left_out():
 
 
 def test_an_unknown_recipe_lists_those_there_are():
-    with pytest.raises(ConfigError, match=r"unknown recipe 'pgd_ta' \(did you mean 'pgd_at'\?\); available: .*pgd_at"):
+    with pytest.raises(
+        ConfigError, match=r"recipe: there is no 'pgd_ta' \(did you mean 'pgd_at'\?\); available: .*pgd_at"
+    ):
         recipe("pgd_ta")
 
 

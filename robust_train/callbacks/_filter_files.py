@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import Subset
 
 from robust_train.callbacks import _seams
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 PAGE_FILE = "filter_report.html"
 PICTURES = 40
 LARGEST = 1 << 28  # bytes of a mask file
+UNDECIDED = ("too few canaries", "too weak")  # how notes of verdicts that decided nothing begin
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +134,8 @@ class Mask:
         try:
             return cls.from_dict(read_json(path, LARGEST))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            reason = str(error).removeprefix(f"{path}: ")
+            raise ValueError(f"data_filter.mask: {path}: {reason}") from None
 
 
 def packed(bits: np.ndarray) -> str:
@@ -217,6 +220,30 @@ def outcome_text(judged: Judged, mask: Mask) -> str:
     return text + (f" Ranked, and nothing decided: {', '.join(ranks)}." if ranks else "")
 
 
+def say_what_was_found(judged: Judged) -> None:
+    """On the console: filters that decided nothing, and groups that a person should look at."""
+    ranking = [c.name for c in judged.columns if c.calibration.get("method") == "none"]
+    if ranking and len(ranking) == len(judged.columns):
+        rank_zero_warn(
+            f"DataFilter: {', '.join(ranking)} only ranks rows: no threshold could be calibrated, and nothing is "
+            "decided. The ranks are in filter_decisions.csv. To decide, add AUM or IsolatedGroups, or trusted rows"
+        )
+    notes: dict[str, list[str]] = {}
+    for column in judged.columns:
+        note = str(column.calibration.get("note", ""))
+        if note.startswith(UNDECIDED):
+            notes.setdefault(note, []).append(column.name)
+        if bad := [group for group in column.calibration.get("groups", ()) if group["flagged"]]:
+            count = sum(group["rows"] for group in bad)
+            rank_zero_info(
+                f"DataFilter: {column.name} found {len(bad)} groups ({count} rows) apart from their class "
+                "that a model trained without them takes for another one. Poison does, and so may a kind of its "
+                "own within a class: look at filter_report.html, restore what is harmless, or give trusted rows."
+            )
+    for note, names in notes.items():
+        rank_zero_info(f"DataFilter: {', '.join(names)}: {note}.")
+
+
 def pictures(judged: Judged, loader: Any, inputs: str | int | None) -> tuple[np.ndarray | None, list[int]]:
     """The most suspicious rows as uint8 images ``(M, C, H, W)``, the flagged ones first; None where they are none."""
     rank = np.zeros(len(judged.labels))
@@ -229,12 +256,16 @@ def pictures(judged: Judged, loader: Any, inputs: str | int | None) -> tuple[np.
     if not rows:
         return None, []
     found = []
-    for batch in copied(rebuilt(loader, Subset(loader.dataset, rows), shuffle=False), persistent_workers=False):
+    try:
+        batches = list(copied(rebuilt(loader, Subset(loader.dataset, rows), shuffle=False), persistent_workers=False))
+    except Exception:  # what a predicate refuses may be of no use to the user's collate function
+        return None, []
+    for batch in batches:
         x = get(batch, find_input(batch, inputs))
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             return None, []
         found.append(x.float().nan_to_num())
-    if len({x.shape[1:] for x in found}) > 1:
+    if len({x.shape[1:] for x in found}) > 1 or sum(map(len, found)) != len(rows):
         return None, []
     x = torch.cat(found)
     low, high = x.amin(), x.amax()

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
 from robust_train.callbacks import _seams
+from robust_train.callbacks._samplers import a_pass_of_batches
 from robust_train.poisoning.filters.base import Filter
 from robust_train.poisoning.policy import Policy
 from robust_train.poisoning.probe import Probe
@@ -63,6 +68,8 @@ def check_settings(data_filter: Any) -> None:
         raise TypeError(f"data_filter.predicate must be a function of one example, got {data_filter.predicate!r}")
     if isinstance(trusted, str) and trusted != "val":
         raise ValueError(f"data_filter.trusted must be a dataset, row numbers or 'val', got {trusted!r}")
+    if trusted is not None and not callable(getattr(type(trusted), "__getitem__", None)):
+        raise TypeError(f"data_filter.trusted must be a dataset, row numbers or 'val', got {trusted!r:.80}")
     if data_filter.trusted_size is not None and (trusted is None or not _count(data_filter.trusted_size, 2)):
         raise ValueError(f"data_filter.trusted_size must be >= 2, and needs trusted=, got {data_filter.trusted_size!r}")
     if trusted is None and (needy := [n for n, f in filters.items() if "trusted" in f.needs]):
@@ -112,7 +119,7 @@ def _reasons(trainer: Any, module: Any, data_filter: Any) -> Iterator[str]:
             "take training_step(self, batch, batch_idx)"
         )
     if sum(isinstance(c, type(data_filter)) for c in trainer.callbacks) > 1:
-        yield "two DataFilter callbacks in one Trainer: give one of them all filters"
+        yield "DataFilter: there are two DataFilter callbacks in one Trainer: give one of them all filters"
     # by name: privacy is not loaded for a run that does without it
     private = any(cls.__name__ == "DPSGD" for c in trainer.callbacks for cls in type(c).__mro__)
     if data_filter.filters and private:
@@ -127,6 +134,57 @@ def _reasons(trainer: Any, module: Any, data_filter: Any) -> Iterator[str]:
             f"DataFilter(when='during', warmup_epochs={watched}) judges the rows after its warm-up, and Trainer("
             f"max_epochs={trainer.max_epochs}) ends there: train for more epochs, which include it, or shorten it"
         )
+
+
+def refuse_whole_batches(loader: Any) -> None:
+    """Filters judge single rows.
+
+    Raises:
+        ValueError: each item of the loader's dataset is a batch.
+    """
+    if loader.batch_sampler is None and a_pass_of_batches(loader.sampler, loader.dataset) is None:
+        raise ValueError(
+            "DataFilter's filters judge single rows, and the train loader has batch_size=None, so that every item of "
+            "its dataset is a whole batch. Give the loader a batch_size and a dataset of single examples, or use "
+            "DataFilter(predicate=…), which is then told one whole batch"
+        )
+
+
+def refuse_one_class(labels: Tensor) -> None:
+    """Filters compare classes.
+
+    Raises:
+        ValueError: all rows bear the same label.
+    """
+    if bool((labels == labels[0]).all()):
+        raise ValueError(
+            f"DataFilter's filters compare classes, and all {len(labels)} training rows have the label "
+            f"{int(labels[0])}. To leave rows out by what each looks like, use DataFilter(predicate=…) without filters"
+        )
+
+
+def described(value: Any) -> Any:
+    """The same structure with dtype and shape in place of each tensor or array, and the type in place of the rest."""
+
+    def leaf(part: Any) -> _Text:
+        if isinstance(part, (Tensor, np.ndarray)):
+            return _Text(f"{str(part.dtype).removeprefix('torch.')} {tuple(part.shape)}")
+        if isinstance(part, list):
+            return _Text(f"list of {' and '.join(sorted({type(item).__name__ for item in part})) or 'nothing'}")
+        return _Text(type(part).__name__)
+
+    def is_flat(part: Any) -> bool:
+        nested = (Tensor, np.ndarray, list, tuple, Mapping)
+        return isinstance(part, list) and not any(isinstance(item, nested) for item in part)
+
+    return tree_map(leaf, value, is_leaf=is_flat)
+
+
+class _Text(str):
+    """Shown without quotation marks."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
 
 
 def _count(value: Any, least: int) -> bool:

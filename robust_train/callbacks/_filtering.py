@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, Subset
 
 from robust_train.callbacks import _seams
 from robust_train.callbacks._batch import replaced
-from robust_train.callbacks._filter_refusals import PREDICATE, REFERENCE
+from robust_train.callbacks._filter_refusals import PREDICATE, REFERENCE, refuse_one_class
 from robust_train.callbacks._inner import fit_copy
 from robust_train.callbacks._loaders import copied, map_loaders, rebuilt
 from robust_train.callbacks._observer import Observed, Observer, Places, WrongLabels, margin
@@ -111,7 +111,9 @@ class Judge:
         wrong = WrongLabels.drawn(self._size, self._probe.canaries_for(self._size), self._probe.seed)
         wrong.rows[self._trusted[self._trusted < self._size]] = False
         seen = self._observe_probe(wrong)
-        labels, canary = seen.labels, wrong.rows
+        labels, canary, epochs = seen.labels, wrong.rows, self._epochs
+        if not self._trainer.fast_dev_run:  # type: ignore[attr-defined]  # the first rows may be of one class
+            refuse_one_class(labels)
         columns, groups = self._score(seen, wrong)
         suspects = canary.copy()
         for scores, verdict in columns.values():
@@ -131,7 +133,8 @@ class Judge:
             for name, (_, verdict) in columns.items()
         ]
         cost = {
-            "epochs": self._epochs,
+            "epochs": epochs,
+            "reference_epochs": self._epochs - epochs,
             "seconds": round(probed - begun, 1),
             "reference_seconds": round(time.perf_counter() - probed, 1),
             "accuracy_on_training_rows": float((seen.logits.argmax(1) == labels).float().mean()),
@@ -149,8 +152,9 @@ class Judge:
             if "dynamics" in needs:
                 names = [n for n, f in self._filters.items() if "dynamics" in f.needs]
                 raise ValueError(
-                    f"{', '.join(names)} watch a probe while it is trained, and with probe.checkpoint="
-                    f"{self._probe.checkpoint!r} none is: leave the checkpoint out, or choose other filters"
+                    f"data_filter.filters: {', '.join(names)} watch a probe while it is trained, and with "
+                    f"probe.checkpoint={self._probe.checkpoint!r} none is: leave the checkpoint out, or choose other "
+                    "filters"
                 )
             rank_zero_info("DataFilter: looking at the rows through the checkpoint's weights.")
             return self._fit(rows, needs, wrong=None, train=None)
@@ -314,7 +318,7 @@ class Judge:
         margins, misled_margins = (-margin(reference, y).numpy() for y in (labels, misled))
         for name, (scores, verdict) in columns.items():
             if name not in found and verdict.calibration["method"] == CANARIES:
-                columns[name] = scores, confirmed(verdict, margins)
+                columns[name] = scores, confirmed(verdict, next(iter(found.values()))[1], margins)
         for name, numbers in groups.items():
             if (numbers >= 0).any():
                 verdict = by_exclusion(numbers, margins, margins[canary], misled_margins[canary], labels.numpy())

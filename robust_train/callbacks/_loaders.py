@@ -8,6 +8,7 @@ who reads the loader's ``dataset`` (``DistributedSampler``, ``overfit_batches``,
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils.data import (
     SequentialSampler,
     Subset,
     WeightedRandomSampler,
+    get_worker_info,
 )
 
 from robust_train.callbacks import _seams
@@ -61,7 +63,7 @@ def filtered(loader: Any, keep: np.ndarray, weights: np.ndarray | None = None) -
             f"keep must be bool of shape ({size},), one a row of the dataset, got {keep.dtype} {keep.shape}"
         )
     if not keep.any():
-        raise ValueError("no row of the training dataset is kept")
+        raise ValueError("DataFilter: no row of the training dataset is kept")
     if weights is None and keep.all():
         return loader
     _check_reads_dataset(loader)
@@ -78,8 +80,8 @@ def filtered(loader: Any, keep: np.ndarray, weights: np.ndarray | None = None) -
     new = copied(loader, dataset=view, **made)
     if isinstance(stream := new.batch_sampler, BatchSampler) and stream.drop_last and not len(stream):
         raise ValueError(
-            f"only {len(view)} of {size} rows are kept, fewer than make up a batch of {stream.batch_size}, and the "
-            "train loader has drop_last=True: make batches smaller"
+            f"DataFilter: only {len(view)} of {size} rows are kept, fewer than make up a batch of {stream.batch_size}, "
+            "and the train loader has drop_last=True: make batches smaller"
         )
     return new
 
@@ -98,9 +100,13 @@ def filtered_iterable(loader: Any, predicate: Callable[[Any], bool]) -> DataLoad
     """
     if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, IterableDataset):
         what = type(loader.dataset if isinstance(loader, DataLoader) else loader).__name__
-        raise ValueError(f"a predicate filters a DataLoader of an iterable dataset, and the train loader has {what}")
+        raise ValueError(
+            f"DataFilter: a predicate filters a DataLoader of an iterable dataset, and the train loader has {what}"
+        )
     if isinstance(loader.dataset, IterDataPipe):
-        raise ValueError("DataPipes are shared out by torch itself: filter with datapipe.filter(predicate) instead")
+        raise ValueError(
+            "DataFilter: DataPipes are shared out by torch itself: filter with datapipe.filter(predicate) instead"
+        )
     _refuse_iterators(loader)
     return copied(loader, dataset=KeptExamples(loader.dataset, predicate))
 
@@ -270,7 +276,25 @@ class KeptExamples(_View, IterableDataset[Any]):
         self.__dict__.update(dataset=dataset, predicate=predicate)
 
     def __iter__(self) -> Iterator[Any]:
-        return filter(self.predicate, iter(self.dataset))
+        return self._kept(iter(self.dataset))
+
+    def _kept(self, examples: Iterator[Any]) -> Iterator[Any]:
+        told = kept = 0
+        for example in examples:
+            told += 1
+            if self.predicate(example):
+                kept += 1
+                yield example
+        if kept or not told:
+            return
+        text = (
+            f"DataFilter's predicate {getattr(self.predicate, '__name__', self.predicate)} dropped every one of the "
+            f"{told} examples of {type(self.dataset).__name__}"
+        )
+        worker = get_worker_info()
+        if worker is None or worker.num_workers == 1:
+            raise ValueError(f"{text}: there is nothing to train on")
+        warnings.warn(f"{text} that worker {worker.id} reads", stacklevel=2)  # others may keep some
 
 
 class _Spy(KeptRows):
@@ -302,8 +326,8 @@ def _check_reads_dataset(loader: DataLoader[Any]) -> None:
         next(iter(copied(loader, dataset=spy, **streams, **alone)), None)
     if not spy.__dict__.get("asked"):
         raise ValueError(
-            f"{type(loader).__name__} overrides DataLoader.__iter__ and does not read its rows from self.dataset, so "
-            "none can be filtered out: use a plain DataLoader, and do the work in collate_fn"
+            f"DataFilter: {type(loader).__name__} overrides DataLoader.__iter__ and does not read its rows from "
+            "self.dataset, so none can be filtered out: use a plain DataLoader, and do the work in collate_fn"
         )
 
 
@@ -319,9 +343,9 @@ def _refuse_iterators(loader: DataLoader[Any]) -> None:
 def _weighted(loader: DataLoader[Any], view: KeptRows, weights: np.ndarray) -> DataLoader[Any]:
     if not is_plain(loader):
         raise ValueError(
-            "rows can be weighted only where the train loader draws each of them once (shuffle=True or False); this "
-            f"one has {type(loader.sampler).__name__} and {type(loader.batch_sampler).__name__}. Drop rows instead, or "
-            "let your own sampler weight them"
+            "DataFilter: rows can be weighted only where the train loader draws each of them once (shuffle=True or "
+            f"False); this one has {type(loader.sampler).__name__} and {type(loader.batch_sampler).__name__}. Drop "
+            "rows instead, or let your own sampler weight them"
         )
     kept = weights[view.indices] if weights.shape == (len(loader.dataset),) else np.empty(0)  # type: ignore[arg-type]
     if not kept.size or not (np.isfinite(kept) & (kept > 0)).all():

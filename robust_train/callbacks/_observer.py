@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from robust_train.callbacks import _seams
 from robust_train.callbacks._batch import fresh, get, replaced, write_back
 from robust_train.callbacks._callback import Callback, submodule
+from robust_train.callbacks._filter_refusals import described
 from robust_train.callbacks._layout import Places, find_layout, scores_of
 from robust_train.callbacks._recorder import Recorder
 from robust_train.callbacks._seams import LogitsReached, backpropagated, on_call, silenced, uncompiled_modules
@@ -155,8 +156,8 @@ class Observer(Callback):
         labels, sent, given = self._labels(batch, layout), batch, None
         if len(labels) != len(self._rows):
             raise ValueError(
-                f"a batch of {len(self._rows)} rows came out of the collate function with {len(labels)} labels: "
-                "DataFilter must know which row is which. Return every row"
+                f"DataFilter: a batch of {len(self._rows)} rows came out of the collate function with {len(labels)} "
+                "labels, and which row is which is not known. Return every row"
             )
         self._own_labels[torch.from_numpy(self._rows)] = labels.long().cpu()
         if self._wrong is not None:
@@ -169,6 +170,8 @@ class Observer(Callback):
             output = step(*args, **kwargs)
         if sent is not batch:
             write_back(batch, sent, path, given)
+        if self._seen is not None and not self._seen.isfinite().all():  # before anything is learned from it
+            self._refuse_strange_inputs(trainer, batch, layout)
         if self._seen is not None and "dynamics" in self._wanted:
             logits, rows, labels = scores_of(self._seen), torch.from_numpy(self._rows), labels.long()
             self._margins[-1][rows] = margin(logits, labels).cpu()
@@ -234,14 +237,17 @@ class Observer(Callback):
         for part, training in modes:
             part.training = training
         if not torch.isfinite(tables["logits"].values).all():
+            if self._layout is not None:
+                self._refuse_strange_inputs(trainer, None, self._layout)
             raise ValueError(
-                "the copy of the module that DataFilter trains has logits that are not finite: it diverged. Train it "
-                "for less long (probe.epochs), or with a smaller learning rate"
+                "DataFilter's copy of the module has logits that are not finite, though the inputs are: it diverged. "
+                "Lower the learning rate, train it for fewer epochs with Probe(epochs=…), or give it weights that were "
+                "trained before with Probe(checkpoint=…)"
             )
         if done != self._size:
             raise ValueError(
-                f"the loader delivered {done} of {self._size} rows when each was asked for once: DataFilter must see "
-                "every row. A collate function that drops rows, or a dataset whose length is wrong, does this"
+                f"DataFilter: the loader delivered {done} of {self._size} rows when each was asked for once, and every "
+                "row must be seen. A collate function that drops rows, or a dataset whose length is wrong, does this"
             )
         dynamics = "dynamics" in self._wanted and self._train
         self.observed = Observed(
@@ -273,7 +279,28 @@ class Observer(Callback):
                     step(fresh(batch), *_seams.step_arguments(step, 0, 0))
             except LogitsReached as reached:
                 return reached.logits, kept[-1] if kept else None
-        raise ValueError("the training step returned before it had computed the logits of a batch")
+        raise ValueError("DataFilter: the training step returned before it had computed the logits of a batch")
+
+    def _refuse_strange_inputs(self, trainer: Any, batch: Any, layout: Layout) -> None:
+        """Name the rows whose inputs are not finite, all that there are, where a batch (None: any) has such.
+
+        Raises:
+            ValueError: there are some.
+        """
+        here = None if batch is None else self._rows[_not_finite(get(batch, layout.input_path))].tolist()
+        if here == []:
+            return
+        rows, done = list[int](), 0
+        for other in self._everything or ():
+            inputs = get(_seams.transferred(trainer, self._around(other)), layout.input_path)
+            rows += [done + row for row in _not_finite(inputs)]
+            done += len(inputs)
+        if rows := rows or here:
+            some = ", ".join(map(str, rows[:5])) + (f" and {len(rows) - 5} more" if len(rows) > 5 else "")
+            raise ValueError(
+                f"DataFilter: rows {some} have inputs that are not finite, and so have a model's logits of them. Mend "
+                "these rows, or leave them out of the dataset, which DataFilter(predicate=…) without filters also does"
+            )
 
     # --- where things are -----------------------------------------------------------------------------------------
 
@@ -287,15 +314,18 @@ class Observer(Callback):
         if bool(((labels < 0) | (labels >= self.classes)).any()):
             strange = labels[(labels < 0) | (labels >= self.classes)][:3].tolist()
             raise ValueError(
-                f"a batch has labels such as {strange}, and the module knows the classes 0 to {self.classes - 1}: "
-                "DataFilter must know the class of every row. Leave unlabelled rows out of the training data, or leave "
-                "them to a filter of your own: DataFilter(predicate=…)"
+                f"DataFilter: a batch has labels such as {strange}, and the module knows the classes 0 to "
+                f"{self.classes - 1}: the class of every row must be known. Leave unlabelled rows out of the training "
+                "data, or leave them to a filter of your own: DataFilter(predicate=…)"
             )
         return labels
 
     def _find(self, trainer: Any, step: Callable[..., Any], batch: Any) -> Layout:
         if self._layout is None:
-            self._layout, self.classes = find_layout(trainer, step, batch, self._places)
+            try:
+                self._layout, self.classes = find_layout(trainer, step, batch, self._places)
+            except ValueError as error:
+                raise ValueError(f"{error}. A batch is {described(batch)}") from error
         return self._layout
 
     def _head(self, module: nn.Module, layout: Layout, step: Callable[..., Any], batch: Any) -> nn.Module:
@@ -322,6 +352,11 @@ class Observer(Callback):
         return same[0] if same else linear[-1]
 
 
+def _not_finite(inputs: Tensor) -> list[int]:
+    """Which rows of a batch ``(B, ...)`` hold NaN or an infinity."""
+    return (~inputs.isfinite().reshape(len(inputs), -1).all(1)).nonzero()[:, 0].tolist()
+
+
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
     """The first tensor of what a layer is called with, a row an example."""
     return [v.detach().flatten(1) for v in values if isinstance(v, Tensor) and v.ndim > 1][:1]
@@ -345,8 +380,9 @@ class Table:
             self._values = self._room(values)
         if values.shape[1:] != self._values.shape[1:]:
             raise ValueError(
-                f"rows have different shapes, {tuple(values.shape[1:])} and {tuple(self._values.shape[1:])}: filters "
-                "that compare rows need equal ones; resize them in the dataset, or choose other filters"
+                f"DataFilter: rows have different shapes, {tuple(values.shape[1:])} and "
+                f"{tuple(self._values.shape[1:])}: filters that compare rows need equal ones; resize them in the "
+                "dataset, or choose other filters"
             )
         end = min(start + len(values), self.size)
         self._values[start:end] = values[: max(0, end - start)].to(self._values.dtype)

@@ -16,9 +16,15 @@ from robust_train.callbacks import _seams
 from robust_train.callbacks._callback import Callback, plain
 from robust_train.callbacks._dp_run import run_folder
 from robust_train.callbacks._during import Watch
-from robust_train.callbacks._filter_files import Mask, identity, simulation, write_outputs
-from robust_train.callbacks._filter_refusals import PREDICATE, check_settings, named_filters, refuse_what_cannot_work
-from robust_train.callbacks._filter_rows import spare_a_row, trusted_rows
+from robust_train.callbacks._filter_files import Mask, identity, say_what_was_found, simulation, write_outputs
+from robust_train.callbacks._filter_refusals import (
+    PREDICATE,
+    check_settings,
+    named_filters,
+    refuse_what_cannot_work,
+    refuse_whole_batches,
+)
+from robust_train.callbacks._filter_rows import refused_rows, spare_a_row, trusted_rows
 from robust_train.callbacks._filtering import Judge, Judged
 from robust_train.callbacks._loaders import (
     as_list,
@@ -38,7 +44,7 @@ from robust_train.poisoning.filters.isolated_groups import IsolatedGroups
 from robust_train.poisoning.filters.trusted_margin import TrustedMargin
 from robust_train.poisoning.policy import Policy
 from robust_train.poisoning.probe import Probe
-from robust_train.poisoning.quarantine import Quarantine
+from robust_train.poisoning.quarantine import RESTORED, Quarantine
 from robust_train.poisoning.records import Column
 
 if TYPE_CHECKING:
@@ -71,7 +77,7 @@ class DataFilter(Callback):
         trusted_size: take only so many of them, the first ones.
         predicate: told one example as the dataset yields it, says whether to keep it; the policy's caps are not for it.
             The only way to filter an iterable dataset, and the only one that DP-SGD allows. Without ``filters`` nothing
-            else is done.
+            else is done; labels are in the files then if each example has a class index, and 0 for every row if not.
         quarantine: file of an earlier run whose restored rows are kept, whatever the filters say.
         mask: file of an earlier run, ``filter_mask.json``, whose decisions are used again: no probe.
         loader: name or index of the loader to filter, where there are several.
@@ -87,8 +93,9 @@ class DataFilter(Callback):
 
     Raises:
         ValueError: a setting is out of range. In ``setup``: what cannot be combined; before training: data that cannot
-            be told apart by rows, a task without classes, a mask of other data.
-        TypeError: a filter, policy or probe is of another kind.
+            be told apart by rows or are not finite, a task without classes, rows of one class only, a mask of other
+            data. While a stream is read: the predicate drops every example.
+        TypeError: a filter, policy, probe or ``trusted`` is of another kind.
 
     Note:
         Decisions look at other rows, so the result is not differentially private: with ``DPSGD`` only ``predicate``
@@ -283,6 +290,8 @@ class DataFilter(Callback):
 
     def _check_before_judging(self, trainer: Any, loader: DataLoader[Any]) -> None:
         """Refuse now what would be refused once the rows are judged."""
+        if self.filters:
+            refuse_whole_batches(loader)
         some = np.arange(len(loader.dataset)) > 0  # type: ignore[arg-type]
         filtered(loader, some, np.ones(len(some)) if self.filters and self.policy.action == "downweight" else None)
         if trainer.ckpt_path is not None and self.filters:
@@ -295,8 +304,19 @@ class DataFilter(Callback):
         """The quarantine of an earlier run, and the numbers of the rows that were restored from it."""
         if self.quarantine is None:
             return None, np.empty(0, dtype=np.int64)
-        earlier = Quarantine.read(self.quarantine)
-        return earlier, np.flatnonzero(earlier.restored(size, digests=content, root=root))
+        try:
+            earlier = Quarantine.read(self.quarantine)
+            restored = np.flatnonzero(earlier.restored(size, digests=content, root=root))
+        except ValueError as error:
+            raise ValueError(f"data_filter.quarantine: {error}") from None
+        if not (count := earlier.counts()[RESTORED]):
+            rank_zero_info(f"DataFilter: nothing was restored in the quarantine {self.quarantine}: it keeps no row.")
+        elif not len(restored):
+            rank_zero_warn(
+                f"DataFilter: none of the {count} rows that were restored in the quarantine {self.quarantine} is in "
+                "the train data. Is it of other data?"
+            )
+        return earlier, restored
 
     def _settle(
         self,
@@ -319,20 +339,7 @@ class DataFilter(Callback):
             keep = ~(touched & judged.refused)
             weights = np.where(light, self.policy.weight, 1.0) if light.any() else None
         self._mask = Mask(keep, root, self.policy.action, weights)
-        ranking = [c.name for c in judged.columns if c.calibration.get("method") == "none"]
-        if ranking and len(ranking) == len(judged.columns):
-            rank_zero_warn(
-                f"DataFilter: {', '.join(ranking)} only ranks rows: no threshold could be calibrated, and nothing is "
-                "decided. The ranks are in filter_decisions.csv. To decide, add AUM or IsolatedGroups, or trusted rows"
-            )
-        for column in judged.columns:
-            if bad := [group for group in column.calibration.get("groups", ()) if group["flagged"]]:
-                count = sum(group["rows"] for group in bad)
-                rank_zero_info(
-                    f"DataFilter: {column.name} found {len(bad)} groups ({count} rows) apart from their class "
-                    "that a model trained without them takes for another one. Poison does, and so may a kind of its "
-                    "own within a class: look at filter_report.html, restore what is harmless, or give trusted rows."
-                )
+        say_what_was_found(judged)
         if folder is not None and trainer.is_global_zero:
             known = simulation(trainer, judged)
             settings = self.settings()
@@ -350,6 +357,7 @@ class DataFilter(Callback):
                 "DataFilter(when='during') and AdversarialTraining: how adversarial examples are learned says little "
                 "of the rows. Use DataFilter(when='before')"
             )
+        refuse_whole_batches(loader)
         self._judged = loader.dataset
         size = len(loader.dataset)  # type: ignore[arg-type]
         places = Places((), self.inputs, self.labels, self.logits, self.features)
@@ -373,9 +381,14 @@ class DataFilter(Callback):
 
     def _judge(self, trainer: Any, module: Any, loaders: Any, loader: DataLoader[Any], restored: np.ndarray) -> Judged:
         dataset: Any = loader.dataset
+        places = Places(self._place, self.inputs, self.labels, self.logits, self.features)
+        refused = labels = None
+        if self.predicate is not None:
+            refused, labels = refused_rows(dataset, self.predicate, places)
         if not self.filters:
             nothing = np.zeros(len(dataset), dtype=bool)
-            judged = Judged(nothing.astype(np.int64), 1, [], Outcome(nothing.copy(), nothing))
+            known = nothing.astype(np.int64) if labels is None else labels
+            judged = Judged(known, int(known.max()) + 1, [], Outcome(nothing.copy(), nothing))
         else:
             judged = Judge(
                 trainer,
@@ -385,12 +398,13 @@ class DataFilter(Callback):
                 filters=self.filters,
                 policy=self.policy,
                 probe=self.probe,
-                places=Places(self._place, self.inputs, self.labels, self.logits, self.features),
-                **trusted_rows(trainer, self.trusted, self.trusted_size, len(dataset)),
+                places=places,
+                **trusted_rows(trainer, self.trusted, self.trusted_size, loader),
             ).judge(restored)
-        if self.predicate is not None:
-            refused = np.array([not self.predicate(dataset[i]) for i in range(len(dataset))], dtype=bool)
+        if refused is not None:
             evidence = {"method": "the user's predicate", "expected_fpr": None}
+            if not self.filters and labels is None:
+                evidence["note"] = "no label was found in some example: every row bears label 0 here"
             judged.columns.insert(0, Column(PREDICATE, refused.astype(float), 0.5, refused, evidence))
             judged.outcome.touched[refused] = True
             judged.outcome.touched[restored] = False
@@ -404,7 +418,7 @@ class DataFilter(Callback):
         inner = map_loaders(lambda old, path: small if path == self._place else old, loaders)
         probe, trusted = self.probe, self.trusted
         self.probe = probe if probe.checkpoint is not None else replace(probe, epochs=1)
-        if "trusted_rows" in trusted_rows(trainer, self.trusted, self.trusted_size, size):
+        if "trusted_rows" in trusted_rows(trainer, self.trusted, self.trusted_size, loader):
             self.trusted = range(few // 2)
         try:
             judged = self._judge(trainer, module, inner, small, np.empty(0, dtype=int))
@@ -420,27 +434,29 @@ class DataFilter(Callback):
         name = type(loader.dataset).__name__
         if self.filters:
             raise ValueError(
-                f"{name} is an iterable dataset, whose rows cannot be compared with one another: use "
+                f"DataFilter: {name} is an iterable dataset, whose rows cannot be compared with one another: use "
                 "DataFilter(predicate=…) without filters, or a map-style dataset"
             )
         if self.quarantine is not None or self._mask is not None:
             raise ValueError(
-                f"{name} is an iterable dataset, whose rows have no numbers: neither a quarantine nor the mask of "
-                "another run or checkpoint says anything of them. Use DataFilter(predicate=…) alone, or a map-style one"
+                f"DataFilter: {name} is an iterable dataset, whose rows have no numbers: neither a quarantine nor the "
+                "mask of another run or checkpoint says anything of them. Use DataFilter(predicate=…) alone, or a "
+                "map-style one"
             )
         rank_zero_info("DataFilter: active. Each example of the stream is told to the predicate.")
 
     def _choose(self, loaders: Any) -> Any:
         """The loader to filter among those that there are."""
         found = as_list(loaders)
+        names = ", ".join(".".join(map(str, path)) for path, _ in found) or "there is one, which has no name"
         if self.loader is None and len(found) > 1:
-            names = ", ".join(".".join(map(str, path)) for path, _ in found)
-            raise ValueError(f"there are {len(found)} train loaders ({names}): say which to filter with loader=…")
+            raise ValueError(
+                f"DataFilter: there are {len(found)} train loaders ({names}): say which to filter with loader=…"
+            )
         for path, loader in found:
             if self.loader is None or ".".join(map(str, path)) == str(self.loader):
                 self._place = path
                 return loader
-        names = ", ".join(".".join(map(str, path)) for path, _ in found)
         raise ValueError(f"data_filter.loader={self.loader!r} names none of the train loaders: {names}")
 
     def _exchange(self, loaders: Any) -> Any:

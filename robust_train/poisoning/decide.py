@@ -127,14 +127,18 @@ def by_canaries(
     return Verdict(flagged, threshold, {**evidence, "expected_fpr": fpr, "power": power})
 
 
-def confirmed(verdict: Verdict, margins: np.ndarray) -> Verdict:
-    """A verdict on labels, for the rows whose label a model that was trained without them does not give either.
+def confirmed(verdict: Verdict, reference: Verdict, margins: np.ndarray) -> Verdict:
+    """A verdict on labels, for the rows on which a model that was trained without them agrees with it.
+
+    Who watched a probe learn wrong labels tells them from hard ones less well than who never saw them.
 
     Args:
         verdict: of a filter that watched a probe learn these labels.
+        reference: of the other model's margins. Where it is too weak to tell, rows count to which it gives another
+            label than their own.
         margins: as in ``by_exclusion``.
     """
-    flagged = verdict.flagged & (margins > 0)
+    flagged = verdict.flagged & (margins > 0 if reference.threshold is None else reference.flagged)
     note = f"{int(verdict.flagged.sum() - flagged.sum())} rows are kept, because a model trained without them agrees"
     return Verdict(
         flagged,

@@ -14,7 +14,7 @@ class Policy:
     Args:
         action: ``"quarantine"``: left out of training and listed, so that they can be looked at and restored;
             ``"drop"``: left out; ``"downweight"``: drawn less often.
-        target_fpr: expected share of clean rows that a filter may flag.
+        target_fpr: expected share of clean rows that each filter may flag; of several filters the shares add up.
         min_power: share of the canaries that a filter must find for its verdict to count.
         max_drop: largest share of all rows that may be touched. What goes beyond it is kept, the least suspicious
             first, and the report says so: a larger value is your explicit consent.

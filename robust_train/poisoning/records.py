@@ -138,7 +138,9 @@ def summary(decisions: Decisions, classes: int) -> dict[str, Any]:
         classes: how many classes there are.
 
     Returns:
-        ``rows``; ``kept``; ``decisions``: how many rows of each; ``classes``: for each class its ``label``, ``rows``
+        ``rows``; ``kept``; ``expected_fpr``: highest share of clean rows that the calibrated thresholds together are
+        expected to flag, the sum of the filters', None where no filter has one; ``decisions``: how many rows of each;
+        ``classes``: for each class its ``label``, ``rows``
         and how many of each decision; ``filters``: for each by name ``flagged``, ``flagged_per_class`` (a list),
         ``threshold``, ``calibration``, and ``suspicious``: the rows with the highest scores, each with ``index``,
         ``label``, ``sha256`` (or None), ``score`` and ``decision``.
@@ -151,9 +153,12 @@ def summary(decisions: Decisions, classes: int) -> dict[str, Any]:
     made = {name: decisions.decision == name for name in DECISIONS}
     per_class = {name: np.bincount(decisions.labels[rows], minlength=classes).tolist() for name, rows in made.items()}
     rows = np.bincount(decisions.labels, minlength=classes).tolist()
+    rates = [column.calibration.get("expected_fpr") for column in decisions.columns]
+    known = [rate for rate in rates if isinstance(rate, (int, float)) and 0 <= rate <= 1]
     return {
         "rows": len(decisions),
         "kept": int(decisions.kept.sum()),
+        "expected_fpr": min(1.0, sum(known)) if known else None,
         "decisions": {name: int(mask.sum()) for name, mask in made.items()},
         "classes": [
             {"label": c, "rows": rows[c], **{name: per_class[name][c] for name in DECISIONS}} for c in range(classes)

@@ -72,14 +72,15 @@ def as_table(results: Results, threat: str) -> str:
     kind, columns, private = _kind(results), _columns(results), _is_private(results)
     extra = _extra(results)
     head = ["", *(heading for _, heading in columns), *(["epsilon"] if private else [])]
-    head += [*(EXTRA[key] for key in extra), "training"]
+    timed = any("train_seconds" in r for r in results.values())
+    head += [*(EXTRA[key] for key in extra), *(["training"] if timed else [])]
     body = [
         [
             name,
             *(_shown(r.get(key), kind) for key, _ in columns),
             *([_epsilon(r)] if private else []),
             *(_extra_shown(key, r) for key in extra),
-            f"{r['train_seconds']:.0f} s",
+            *([f"{r['train_seconds']:.0f} s"] if timed else []),
         ]
         for name, r in results.items()
     ]
@@ -100,7 +101,7 @@ def as_csv(results: Results) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["run", *columns, "train_seconds"])
     for name, r in results.items():
-        writer.writerow([name, *(r.get(key, "") for key in columns), r["train_seconds"]])
+        writer.writerow([name, *(r.get(key, "") for key in columns), r.get("train_seconds", "")])
     return out.getvalue()
 
 

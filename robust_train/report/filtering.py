@@ -345,6 +345,10 @@ _PAGE = """\
 <p class="muted">Expected false alarms: the share of clean rows that the filter flags. Canaries are rows that were made
 suspicious on purpose; real poison may be harder to find. A row that is flagged need not be poisoned, and a row that is
 not flagged need not be clean.</p>
+{% if counts.expected_fpr is not none %}
+<p class="muted">Of clean rows, at most about {{ "%.3g" | format(100 * counts.expected_fpr) }} % are expected to be left
+out by the thresholds together; groups that are judged by a reference have no such rate.</p>
+{% endif %}
 </section>
 {% if grid %}
 {{ grid }}

@@ -445,6 +445,19 @@ def test_which_loader_must_be_said(which):
         run(marking(loader=which), two_loaders(), module=TwoLoaders())
 
 
+def test_loaders_without_names_have_numbers():
+    with pytest.raises(ValueError, match=r"^DataFilter: there are 2 train loaders \(0, 1\): say which"):
+        run(marking(), [loader(table()), loader(table())])
+    with pytest.raises(ValueError, match=r"^data_filter.loader='a' names none .*: there is one, which has no name"):
+        run(marking(loader="a"))
+
+
+def test_a_folder_without_a_mask_is_named_once():
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match="^data_filter.mask: empty/filter_mask.json: there is no such file$"):
+        run(DataFilter(mask="empty"))
+
+
 def test_a_second_fit_keeps_the_mask_and_refuses_other_data(probes):
     callback, module = DataFilter([AUM()], probe=BRIEF), Net()
     data, _ = flipped(table())
@@ -567,7 +580,7 @@ def test_a_mask_file_is_used_without_a_probe(probes):
 def test_a_mask_file_is_read_with_suspicion(change, said):
     state = Mask(np.ones(240, dtype=bool), "0" * 64, "drop").to_dict() | change
     Path("mask.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match=f"^mask.json: .*{said}"):
+    with pytest.raises(ValueError, match=f"^data_filter.mask: mask.json: .*{said}"):
         Mask.read("mask.json")
 
 
@@ -596,6 +609,18 @@ def test_rows_that_were_restored_are_kept_and_stay_on_record():
     where = [order.tolist().index(row) for row in BAD]
     module, _ = run(marking(where, quarantine="checked.json"), moved)
     assert set(range(N)) - set(module.seen[0]) == set(BAD) - {4, 77}
+
+
+def test_a_quarantine_that_says_nothing_of_these_rows_is_told(caplog):
+    run(marking(), default_root_dir="first")
+    with caplog.at_level("INFO"):
+        run(marking(quarantine="first"))
+    assert "nothing was restored in the quarantine first: it keeps no row" in caplog.text
+    Quarantine.read("first").restore([4, 77]).write("checked.json")
+    with pytest.warns(UserWarning, match="none of the 2 rows .* restored in the quarantine checked.json is in the tr"):
+        run(marking(quarantine="checked.json"), table(seed=3))
+    with pytest.raises(ValueError, match=r"^data_filter.quarantine: none.json: there is no such file"):
+        run(marking(quarantine="none.json"))
 
 
 # --- what a run leaves behind --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import OrderedDict, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.datapipes.iter import IterableWrapper
 
-from robust_train.callbacks import _seams
+from robust_train.callbacks import _loaders, _seams
 from robust_train.callbacks._loaders import (
     KeptRows,
     as_list,
@@ -543,6 +544,23 @@ def test_a_predicate_is_for_iterable_datasets_alone():
             filtered_iterable(wrong, bool)
     with pytest.raises(ValueError, match=r"filter with datapipe\.filter"):
         filtered_iterable(DataLoader(IterableWrapper(range(4))), bool)
+
+
+def test_a_predicate_that_drops_all_that_one_of_several_workers_reads_is_warned_of(monkeypatch):
+    view = filtered_iterable(DataLoader(Stream(), 4), lambda sample: False).dataset
+    with pytest.raises(ValueError, match=r"^DataFilter's predicate <lambda> dropped every one of the \d+ examples"):
+        list(view)
+    monkeypatch.setattr(_loaders, "get_worker_info", lambda: SimpleNamespace(id=1, num_workers=2))
+    with pytest.warns(UserWarning, match="examples of Stream that worker 1 reads"):
+        assert list(view) == []
+
+
+def test_a_stream_that_is_empty_is_not_the_predicates_fault():
+    class Empty(Stream):
+        def __iter__(self):
+            return iter(())
+
+    assert list(filtered_iterable(DataLoader(Empty(), 4), lambda sample: False).dataset) == []
 
 
 def test_a_filtered_stream_has_no_length():

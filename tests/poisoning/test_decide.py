@@ -271,8 +271,11 @@ def test_settings_out_of_range_are_refused(wrong):
 
 
 def test_what_a_model_agrees_with_that_did_not_learn_it_is_not_flagged():
-    verdict = confirmed(
-        Verdict(np.array([True, True, False]), 1.0, {"method": "label canaries"}), np.array([2.0, -1.0, 3.0])
-    )
-    assert verdict.flagged.tolist() == [True, False, False]
-    assert verdict.calibration["note"].startswith("1 rows are kept")
+    verdict = Verdict(np.array([True, True, False, True]), 1.0, {"method": "label canaries"})
+    margins = np.array([2.0, -1.0, 3.0, 0.5])
+    reference = Verdict(margins > 1.0, 1.0, {})
+    found = confirmed(verdict, reference, margins)
+    assert found.flagged.tolist() == [True, False, False, False]
+    assert found.calibration["note"].startswith("2 rows are kept")
+    weak = Verdict(np.zeros(4, dtype=bool), None, {})
+    assert confirmed(verdict, weak, margins).flagged.tolist() == [True, False, False, True]

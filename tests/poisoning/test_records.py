@@ -204,6 +204,7 @@ def test_the_summary_counts():
     made = summary(decided(column(method="canaries")), classes=4)
     assert made["rows"] == 4
     assert made["kept"] == 2
+    assert made["expected_fpr"] is None
     assert made["decisions"] == {"keep": 1, "drop": 1, "downweight": 1, "quarantine": 1}
     assert made["classes"][1] == {"label": 1, "rows": 2, "keep": 0, "drop": 1, "downweight": 1, "quarantine": 0}
     assert [c["rows"] for c in made["classes"]] == [1, 2, 1, 0]
@@ -214,6 +215,15 @@ def test_the_summary_counts():
     assert spectral["suspicious"][0] == first
     with pytest.raises(ValueError, match="classes must be more than the largest label, got 2 and 2"):
         summary(decided(), classes=2)
+
+
+@pytest.mark.parametrize(
+    ("rates", "together"),
+    [((0.01, 0.02), 0.03), ((0.01, None), 0.01), ((0.0,), 0.0), ((0.9, 0.9), 1.0), (("0.1", float("nan")), None)],
+)
+def test_expected_false_alarms_of_thresholds_add_up(rates, together):
+    columns = [column(f"filter {i}", expected_fpr=rate) for i, rate in enumerate(rates)]
+    assert summary(decided(*columns), 3)["expected_fpr"] == pytest.approx(together)
 
 
 def test_of_equal_scores_the_first_rows_are_the_most_suspicious():

@@ -178,6 +178,14 @@ def test_a_page_where_nothing_was_found():
     assert "All 200" in filter_page(replace(every, columns=()), {})
 
 
+def test_the_page_adds_up_the_expected_false_alarms():
+    two = decided(column(expected_fpr=0.01), column("other", expected_fpr=0.004))
+    assert (
+        "at most about 1.4 % are expected to be left out by the thresholds together" in Page(filter_page(two, {})).text
+    )
+    assert "thresholds together" not in filter_page(decided(), {})
+
+
 def test_no_text_can_break_out_of_the_page():
     nasty = column(method=NASTY, note=NASTY, expected_fpr=NASTY, power=[NASTY], canary_scores=[0.5, NASTY, None])
     report = {"notes": [NASTY, 7], "pictures": {"rows": [0]}, "title": NASTY}

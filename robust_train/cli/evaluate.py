@@ -1,0 +1,83 @@
+"""``robust-train evaluate ckpt=… attack=pgd``: judge a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from robust_train.cli.compose import launch
+from robust_train.cli.train import RESULT_FILE, objective, versions
+from robust_train.config import ConfigError, build
+from robust_train.custody._files import write_whole
+
+# what a checkpoint's own run says of how to read it
+ABOUT_THE_MODEL = ("model", "data", "task", "threat")
+
+
+def evaluate(argv: list[str]) -> None:
+    """The command. What the checkpoint's own run was told of model, data, task and threat is taken from its folder."""
+    launch("evaluate", run, [*_told(argv), *argv])
+
+
+def run(cfg: DictConfig, folder: Path) -> float | tuple[float, ...]:
+    """Judge a checkpoint, write ``result.json`` and ``result.csv`` into the folder, and print the table.
+
+    Returns:
+        What ``optimize`` names.
+
+    Raises:
+        ConfigError: there is no such checkpoint, it is of another model, or a setting is out of range.
+    """
+    from robust_train.cli.judge import judged, judges, load_weights
+    from robust_train.report import comparison
+
+    if OmegaConf.is_missing(cfg, "ckpt") or cfg.ckpt is None:
+        raise ConfigError("ckpt: missing; name the checkpoint to judge: robust-train evaluate ckpt=FILE attack=pgd")
+    allow = list(cfg.allow)
+    threat = build(cfg.threat, allow=allow)
+    with open_dict(cfg):
+        cfg.judge.attacks = {HydraConfig.get().runtime.choices["attack"]: cfg.attack, **cfg.judge.attacks}
+    attacks = judges(cfg, threat)
+    model, data = build(cfg.model, allow=allow), build(cfg.data, allow=allow)
+    path = Path(hydra.utils.to_absolute_path(str(cfg.ckpt)))
+    load_weights(model, path)
+    results = {path.stem: judged(cfg, model, data, threat, attacks)}
+    summary = {
+        "ckpt": str(path),
+        "threat": threat.describe(),
+        "seed": cfg.seed,
+        "judged_on": "test set, worst case over the attacks that ran",
+        "attacks": {name: str(attack) for name, attack in attacks.items()},
+        "results": results,
+        "versions": versions(),
+        "config": OmegaConf.to_container(cfg, resolve=True),
+    }
+    (folder / "result.csv").write_text(comparison.as_csv(results), encoding="utf-8")
+    write_whole(folder / RESULT_FILE, json.dumps(summary, indent=2, default=str) + "\n")
+    print("\n" + comparison.as_table(results, threat.describe()))
+    print(f"\nIn {folder}: {RESULT_FILE}, result.csv.")
+    return objective(cfg, results[path.stem])
+
+
+def _told(argv: list[str]) -> list[str]:
+    """What the run that made the checkpoint was told of model, data, task and threat, unless it is asked for anew."""
+    named = [word.partition("=")[2] for word in argv if word.startswith("ckpt=")]
+    folders = Path(named[-1]).absolute().parents if named and named[-1] else []
+    kept = next((f / ".hydra/overrides.yaml" for f in folders if (f / ".hydra/overrides.yaml").is_file()), None)
+    if kept is None:
+        return []
+    asked = {_root(word) for word in argv}
+    words = [str(word) for word in OmegaConf.load(kept)]
+    told = [word for word in words if _root(word) in ABOUT_THE_MODEL and _root(word) not in asked]
+    if told:
+        print(f"from {kept}: {' '.join(told)}")
+    return told
+
+
+def _root(override: str) -> str:
+    """The first part of its key: ``model`` of ``model.lr=1`` and ``+model.width=2``."""
+    return override.lstrip("+~").partition("=")[0].partition(".")[0].partition("@")[0]

@@ -1,0 +1,157 @@
+"""What a trained model withstands: metrics of the test set under attacks, and pictures of them."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from robust_train.config import ConfigError, build
+from robust_train.explain import in_one_line
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+CURVE_STEPS = 20
+BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def judges(cfg: DictConfig, threat: Any) -> dict[str, Any]:
+    """The attacks that judge; says aloud which of them cannot run."""
+    nodes: Any = OmegaConf.to_container(cfg.judge.attacks, resolve=True)
+    if not isinstance(nodes, dict):
+        raise ConfigError(f"judge.attacks: must be attacks by name, got {nodes!r}")
+    if find_spec("torchattacks") is None:
+        for name in [n for n, node in nodes.items() if node and str(node.get("_target_")).endswith("TorchAttack")]:
+            del nodes[name]
+            print(f"judge.attacks.{name} is not run: torchattacks is not installed (see README, Dependencies).")
+    named = {str(name): node for name, node in nodes.items() if node}
+    attacks = build({"judge": {"attacks": named}}, allow=list(cfg.allow))["judge"]["attacks"]
+    for name, attack in list(attacks.items()):
+        try:
+            attack.check(threat)
+        except ValueError as error:
+            del attacks[name]
+            print(f"judge.attacks.{name} is not run: {error}.")
+    if not attacks:
+        raise ConfigError("judge.attacks: no attack is left to judge with; name at least one")
+    return attacks
+
+
+def load_weights(model: pl.LightningModule, path: Path) -> None:
+    """Weights of a checkpoint, and nothing else of it.
+
+    Raises:
+        ConfigError: there is no such file, or it is of another model.
+    """
+    import torch
+
+    if not path.is_file():
+        raise ConfigError(f"ckpt: there is no file {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        weights = checkpoint.get("state_dict", checkpoint)
+        missing = model.state_dict().keys() - weights.keys()
+        if missing and all(name.rpartition(".")[2] in BATCH_STATISTICS for name in missing):
+            from robust_train.privacy.fix import fix_modules  # as DPSGD did before it trained these weights
+
+            fix_modules(model)
+        model.load_state_dict(weights)
+    except Exception as error:
+        raise ConfigError(
+            f"ckpt: {path} does not fit model={type(model).__name__}: {in_one_line(error)[:300]}"
+        ) from error
+
+
+def judged(
+    cfg: DictConfig, model: pl.LightningModule, data: pl.LightningDataModule, threat: Any, attacks: dict[str, Any]
+) -> dict[str, Any]:
+    """Metrics of the test set under the judging attacks, on one device, and the curve over eps."""
+    import pytorch_lightning as pl
+
+    from robust_train import PGD, RobustEvaluation
+
+    shared: dict[str, Any] = {"limit_batches": cfg.judge.limit_batches, "seed": cfg.seed}
+    if settings := (cfg.get("callbacks") or {}).get("robust_evaluation"):  # how the user's batch is read
+        shared |= {key: settings.get(key) for key in ("inputs", "labels", "logits")}
+    evaluations = [RobustEvaluation(attacks, threat, **shared)]
+    factors = [float(f) for f in cfg.judge.curve]
+    for i, factor in enumerate(factors):
+        evaluations.append(
+            RobustEvaluation({"pgd": PGD(steps=CURVE_STEPS)}, threat.scaled(factor), name=f"curve{i}", **shared)
+        )
+    keys = ("accelerator", "precision", "limit_test_batches", "fast_dev_run", "enable_progress_bar")
+    with warnings.catch_warnings(), quiet():
+        trainer = pl.Trainer(
+            **{key: cfg.trainer[key] for key in keys if key in cfg.trainer},
+            devices=1,
+            callbacks=evaluations,  # type: ignore[arg-type]
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+        )
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        measured = {k: float(v) for k, v in trainer.test(model, data, verbose=False)[0].items()}
+    own = {k.removeprefix("test/"): v for k, v in measured.items() if k.startswith("test/") and "curve" not in k}
+    kind = "acc" if "test/robust_acc" in measured else "loss"
+    curve = [[0.0, own[f"clean_{kind}"]]]
+    curve += [[f * threat.radius, measured[f"test/curve{i}/robust_{kind}"]] for i, f in enumerate(factors)]
+    return {**own, "curve": curve if factors else []}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Judging makes several evaluations at once; what they announce is in ``result.json``."""
+    loggers = [logging.getLogger(f"{root}.utilities.rank_zero") for root in ("lightning.pytorch", "pytorch_lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def pictures(
+    models: dict[str, Any], threat: Any, attacks: dict[str, Any], cfg: DictConfig
+) -> list[dict[str, Any]] | None:
+    """The first test image of up to eight classes, clean and attacked; None where the batch is no (image, class)."""
+    import torch
+
+    from robust_train import ClassifierVictim
+    from robust_train.evasion.randomness import generator_for
+
+    data = build(cfg.data, allow=list(cfg.allow))
+    data.prepare_data()
+    data.setup("test")
+    batch = data.on_after_batch_transfer(next(iter(data.test_dataloader())), 0)
+    if not isinstance(batch, (list, tuple)) or len(batch) != 2 or not all(isinstance(t, torch.Tensor) for t in batch):
+        return None
+    x, labels = batch
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or labels.ndim != 1 or labels.is_floating_point():
+        return None
+    first = [int((labels == label).nonzero()[0]) for label in labels.unique()[:8]]
+    x, labels, attack = x[first], labels[first], next(iter(attacks.values()))
+    rows = []
+    for name, model in models.items():
+        model = model.eval().cpu()
+        victim = ClassifierVictim(model, labels, stop_when_fooled=True)
+        x_adv = attack(victim, x, threat, generator_for(x.device, "pictures", cfg.seed))
+        with torch.no_grad():
+            clean, fooled = model(x).argmax(1), model(x_adv).argmax(1)
+        rows.append(
+            {
+                "name": name,
+                "labels": labels.tolist(),
+                "clean": {"images": threat.to_pixels(x), "predicted": clean.tolist()},
+                "attacked": {"images": threat.to_pixels(x_adv), "predicted": fooled.tolist()},
+            }
+        )
+    return rows
