@@ -47,6 +47,8 @@ def run(cfg: DictConfig, folder: Path) -> float | tuple[float, ...]:
     load_weights(model, path)
     results = {path.stem: judged(cfg, model, data, threat, attacks)}
     summary = {
+        "recipe": path.stem,
+        "overrides": list(HydraConfig.get().overrides.task),
         "ckpt": str(path),
         "threat": threat.describe(),
         "seed": cfg.seed,

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -34,7 +35,7 @@ def resume(argv: list[str]) -> None:
         print(f"{folder} is finished: {RESULT_FILE} is there.")
         return
     try:
-        cfg = OmegaConf.load(kept / "config.yaml")
+        cfg: Any = OmegaConf.load(kept / "config.yaml")
         recipe = OmegaConf.load(kept / "hydra.yaml").hydra.runtime.choices.get("recipe") or "no_recipe"
         overrides = list(OmegaConf.load(kept / "overrides.yaml"))
     except Exception as error:
@@ -46,4 +47,4 @@ def resume(argv: list[str]) -> None:
         )
     if not getattr(sys.flags, "safe_path", False):
         sys.path.insert(0, os.getcwd())
-    train_and_judge(cfg, folder.resolve(), recipe, overrides=overrides, resume=True)  # type: ignore[arg-type]
+    train_and_judge(cfg, folder.resolve(), recipe, overrides=overrides, resume=True)

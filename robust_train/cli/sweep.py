@@ -24,7 +24,8 @@ def sweep_table(argv: list[str]) -> None:
     found = report.read_sweep(folder)
     table = report.as_markdown(found)
     (folder / f"{TABLE}.md").write_text(table, encoding="utf-8")
-    (folder / f"{TABLE}.csv").write_text(report.as_csv(found), encoding="utf-8")
+    with (folder / f"{TABLE}.csv").open("w", encoding="utf-8", newline="") as file:
+        file.write(report.as_csv(found))
     (folder / f"{TABLE}.html").write_text(report.as_page(found, folder.resolve().name), encoding="utf-8")
     print(table)
     print(f"In {folder}: {TABLE}.md, {TABLE}.csv, {TABLE}.html.")

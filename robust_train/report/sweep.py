@@ -532,7 +532,7 @@ def _point(row: Row) -> Point:
     clean, robust = row.metrics[f"clean_{row.kind}"], row.metrics[f"robust_{row.kind}"]
     settings = ", ".join(f"{key}={value}" for key, value in row.settings.items())
     told = ", ".join(f"{_heading(name)} {_shown(name, row)}" for name in row.metrics)
-    epsilon = _rounded_up(row.metrics["epsilon"].value) if "epsilon" in row.metrics else ""
+    epsilon = _shown("epsilon", row) if "epsilon" in row.metrics else ""
     return Point(
         name=": ".join(text for text in (settings, told) if text),
         label=short_label(row.settings),

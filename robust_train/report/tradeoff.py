@@ -100,7 +100,7 @@ def scatter(
 ) -> str:
     """Points with error bars; those on the front are filled, the others hollow.
 
-    A step line joins the points that no other beats in ``x`` and ``y`` together.
+    A step line joins those on the front that no other on it beats in ``x`` and ``y`` alone.
 
     Args:
         points: the results, in any order.
@@ -138,8 +138,9 @@ def scatter(
         bottom=max(height, top + 300) - 58,
     )
     better = -1.0 if lower_is_better else 1.0
-    outer = pareto_front([(better * p.x, better * p.y) for p in order])
-    corners = _steps(sorted({(p.x, p.y) for p, on in zip(order, outer, strict=True) if on}), lower_is_better)
+    front = [(p.x, p.y) for p in order if p.front]
+    outer = pareto_front([(better * x, better * y) for x, y in front])
+    corners = _steps(sorted({place for place, on in zip(front, outer, strict=True) if on}), lower_is_better)
     path = [(plot.x(x), plot.y(y)) for x, y in corners]
     bars = [bar for p in order for bar in _bars(plot, p, percent)]
 

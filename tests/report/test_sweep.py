@@ -461,11 +461,12 @@ def test_points_have_their_epsilon_their_error_bars_and_a_step_line():
         job("1", "a=x", seed=1, **acc(0.92, 0.54)),
         job("2", "a=y", **acc(0.80, 0.60, epsilon=3.0)),
         job("3", "a=z", **acc(0.70, 0.40)),
+        job("4", "a=v", **acc(0.95, 0.65, epsilon=None)),
     )
     (svg,) = drawings(as_page(jobs, "t"))
-    assert "y, ε = 3.0" in {e.text for e in svg.iter(f"{SVG}text")}
+    assert {"y, ε = 3.0", "v, ε void"} <= {e.text for e in svg.iter(f"{SVG}text")}
     fills = [e.get("fill") for e in svg.iter(f"{SVG}circle")][2:]
-    assert len([f for f in fills if f == "#ffffff"]) == 1
+    assert fills.count("#ffffff") == 2
     bars = [e for e in svg.iter(f"{SVG}line") if e.get("stroke-width") == "1.2"]
     assert len(bars) == 2
     (line,) = svg.iter(f"{SVG}polyline")
