@@ -40,7 +40,7 @@ POISONS = ("clean", "badnets_5", "badnets_0.5", "blended_5", "all_to_all_10", "r
 PLACES = ("bottom_right", "top_left", "bottom_left", "top_right")
 PATTERNS = ("checkerboard", "bright")
 DATA = ("digits", "digits_trusted", "15000", "60000")
-EPOCHS = {"digits": 20, "digits_trusted": 20, "15000": 6, "60000": 4}
+EPOCHS = {"digits": 20, "digits_trusted": 20, "15000": 12, "60000": 4}
 CHANNELS = {"digits": 32, "digits_trusted": 32, "15000": 16, "60000": 8}  # of the model, and of the probe with it
 
 
