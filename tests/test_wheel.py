@@ -1,7 +1,10 @@
 """What a wheel holds, compared with the checkout it was built from."""
 
+import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -63,3 +66,28 @@ assert Path(stub.__file__).resolve().is_relative_to(here), stub.__file__
 assert "RobustTrainConfigs" in [source.__name__ for source in Plugins.instance().discover(ConfigSource)]
 """
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+
+
+def test_installed_in_a_fresh_environment_every_recipe_runs_everywhere(wheel, tmp_path):
+    """Our command, scripts and other people's Hydra apps; the libraries are this environment's."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    (Path(own) / "libraries.pth").write_text(sysconfig.get_path("purelib"))
+    for name in ("tests", "pyproject.toml"):
+        source, target = ROOT / name, tmp_path / name
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    where = "import robust_train; print(robust_train.__file__)"
+    found = subprocess.run([python, "-c", where], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert Path(found.strip()).is_relative_to(own)
+    tests = ["tests/cli/test_train.py", "tests/cli/test_attach.py", "tests/test_hydra_plugin.py"]
+    run = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    chosen = "every_recipe or test_a_script or another_hydra or both_packages or config"
+    done = subprocess.run([*run, "-k", chosen], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 5 * 11
+    command = subprocess.run([str(Path(python).parent / "robust-train")], capture_output=True, text=True, check=True)
+    assert "recipe=NAME" in command.stdout

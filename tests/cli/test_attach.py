@@ -82,6 +82,12 @@ def test_another_hydra_app(name, folder, monkeypatch, capsys):
     assert "Timer" in found
 
 
+def test_another_hydra_app_chooses_another_attack(folder, monkeypatch, capsys):
+    (folder / "plain.py").write_text(scripts.PLAIN.format(package="pytorch_lightning"))
+    other = "robust_train/attack@callbacks.adversarial_training.attack=fgsm_rs"
+    assert names(started(monkeypatch, capsys, "app.py", "+robust_train/recipe=pgd_at", other)) == of("fgsm_rs")
+
+
 def test_a_hydra_app_keeps_its_own_hydra_when_the_environment_names_a_recipe(folder, monkeypatch, capsys):
     (folder / "plain.py").write_text(scripts.PLAIN.format(package="pytorch_lightning"))
     monkeypatch.setenv("ROBUST_TRAIN", "recipe=pgd_at")

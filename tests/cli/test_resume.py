@@ -14,7 +14,6 @@ import pytest
 import torch
 from cli_kit import QUICK, command, result, run
 
-START = "import sys; from robust_train import cli; sys.argv = ['robust-train', *sys.argv[1:]]; cli.main()"
 SLOW_NET = """
 import os, time
 import torch
@@ -52,7 +51,7 @@ def words(*more: str) -> list[str]:
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-c", START, *arguments],
+        [sys.executable, "-m", "robust_train.cli", *arguments],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
