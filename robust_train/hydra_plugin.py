@@ -59,14 +59,6 @@ class RobustTrainSearchPath(SearchPathPlugin):
         search_path.append("robust-train", "robust-train://robust_train")
 
 
-class CommandLineSearchPath(SearchPathPlugin):
-    """Our configs without a prefix, on the search path of our own command line; other apps never see it."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the mount behind what the user's ``--config-dir`` brings."""
-        search_path.append("robust-train", "robust-train://")
-
-
 def register() -> None:
     """Make Hydra know ``robust-train://`` also where the package is not installed, as in a bare checkout.
 

@@ -20,9 +20,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from robust_train.cli import wants_trace
+from robust_train.cli.folders import CommandLineSearchPath, UserConfigs, without_folders
 from robust_train.config import ConfigError
 from robust_train.explain import dotted_keys, explained, in_one_line
-from robust_train.hydra_plugin import CommandLineSearchPath, config_dir, register
+from robust_train.hydra_plugin import config_dir, register
 
 ERROR_FILE = "error.txt"
 TRACE = "HYDRA_FULL_ERROR"  # makes Hydra raise what went wrong; it would print a trace and leave otherwise
@@ -57,6 +58,7 @@ def launch(name: str, job: Job, argv: list[str]) -> None:
             job's ``error.txt``.
     """
     _see_everything()
+    words, CommandLineSearchPath.folders = without_folders(argv)
     typed, trace = sys.argv, wants_trace()
     failed: list[Exception] = []
 
@@ -70,15 +72,15 @@ def launch(name: str, job: Job, argv: list[str]) -> None:
             failed.append(error)
             return None
 
-    sys.argv = [typed[0], *argv]
+    sys.argv = [typed[0], *words]
     before = os.environ.get(TRACE)
     os.environ[TRACE] = "1"
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name=name)(task)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explained(error, lambda: _keys(name, argv))) from error
+        raise ConfigError(explained(error, lambda: _keys(name, words))) from error
     finally:
-        sys.argv = typed
+        sys.argv, CommandLineSearchPath.folders = typed, ()
         os.environ.pop(TRACE)
         if before is not None:
             os.environ[TRACE] = before
@@ -123,6 +125,7 @@ def _as_typed(typed: list[str], trace: bool) -> Iterator[None]:
 def _see_everything() -> None:
     """Make our configs known to Hydra without a prefix, and the modules of the working directory to Python."""
     register()
+    Plugins.instance().register(UserConfigs)
     Plugins.instance().register(CommandLineSearchPath)
     if not getattr(sys.flags, "safe_path", False) and os.getcwd() not in sys.path:  # as ``python -m`` would
         sys.path.insert(0, os.getcwd())

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from robust_train.config import ConfigError
-from robust_train.report import sweep as report
+from robust_train.report.sweep import read_sweep
+from robust_train.report.sweep_page import as_csv, as_markdown, as_page
 
 TABLE = "sweep"  # with .md, .csv and .html
 
@@ -21,11 +22,11 @@ def sweep_table(argv: list[str]) -> None:
     folder: Path = parser.parse_args(argv).folder
     if not folder.is_dir():
         raise ConfigError(f"there is no folder {folder}")
-    found = report.read_sweep(folder)
-    table = report.as_markdown(found)
+    found = read_sweep(folder)
+    table = as_markdown(found)
     (folder / f"{TABLE}.md").write_text(table, encoding="utf-8")
     with (folder / f"{TABLE}.csv").open("w", encoding="utf-8", newline="") as file:
-        file.write(report.as_csv(found))
-    (folder / f"{TABLE}.html").write_text(report.as_page(found, folder.resolve().name), encoding="utf-8")
+        file.write(as_csv(found))
+    (folder / f"{TABLE}.html").write_text(as_page(found, folder.resolve().name), encoding="utf-8")
     print(table)
     print(f"In {folder}: {TABLE}.md, {TABLE}.csv, {TABLE}.html.")

@@ -22,15 +22,11 @@ from robust_train.report.sweep import (
     Failed,
     Job,
     Sweep,
-    as_csv,
-    as_markdown,
-    as_page,
-    notes,
     read_sweep,
     shared_overrides,
-    short_label,
     table,
 )
+from robust_train.report.sweep_page import as_csv, as_markdown, as_page, notes, short_label
 from robust_train.report.tradeoff import Point, pareto_front, scatter
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -490,5 +486,5 @@ def test_points_that_cannot_be_drawn_are_refused():
 
 def test_neither_torch_nor_lightning_is_needed():
     heavy = "{'torch', 'pytorch_lightning', 'hydra'} & set(sys.modules)"
-    code = f"import sys, robust_train.report.sweep; sys.exit(bool({heavy}))"
+    code = f"import sys, robust_train.report.sweep_page; sys.exit(bool({heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
