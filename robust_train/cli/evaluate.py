@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from robust_train.cli.compose import launch
-from robust_train.cli.train import RESULT_FILE, objective, versions
+from robust_train.cli.train import RESULT_FILE, keep_what_was_asked, objective, versions
 from robust_train.config import ConfigError, build
 from robust_train.custody._files import write_whole
 
@@ -37,6 +37,7 @@ def run(cfg: DictConfig, folder: Path) -> float | tuple[float, ...]:
 
     if OmegaConf.is_missing(cfg, "ckpt") or cfg.ckpt is None:
         raise ConfigError("ckpt: missing; name the checkpoint to judge: robust-train evaluate ckpt=FILE attack=pgd")
+    keep_what_was_asked(cfg, HydraConfig.get().overrides.task)
     allow = list(cfg.allow)
     threat = build(cfg.threat, allow=allow)
     with open_dict(cfg):

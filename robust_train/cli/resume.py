@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from robust_train.cli.train import RESULT_FILE, train_and_judge
+from robust_train.cli.train import RESULT_FILE, keep_what_was_asked, train_and_judge
 from robust_train.config import ConfigError
 from robust_train.explain import in_one_line
 
@@ -40,6 +40,7 @@ def resume(argv: list[str]) -> None:
         overrides = list(OmegaConf.load(kept / "overrides.yaml"))
     except Exception as error:
         raise ConfigError(f"{kept}: cannot be read: {in_one_line(error)}") from error
+    keep_what_was_asked(cfg, overrides)
     named = [str(name) for name in cfg.get("allow") or []]
     if missing := [name for name in named if name not in asked.allow]:
         raise ConfigError(

@@ -8,22 +8,20 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from robust_train.cli import INTERRUPTED
 from robust_train.cli.compose import launch
 from robust_train.config import ConfigError, build
 from robust_train.custody._files import write_whole
 from robust_train.explain import hint
-
-if TYPE_CHECKING:
-    pass
 
 RESULT_FILE = "result.json"
 CHECKPOINTS = "checkpoints"
@@ -47,6 +45,7 @@ def run(cfg: DictConfig, folder: Path) -> float | tuple[float, ...]:
         What ``optimize`` names.
     """
     settings = HydraConfig.get()
+    keep_what_was_asked(cfg, settings.overrides.task)
     if settings.mode is RunMode.MULTIRUN and "LOCAL_RANK" not in os.environ:  # or processes of a job would part ways
         earlier = _finished(folder / RESULT_FILE, cfg)
         if earlier is not None:
@@ -127,6 +126,16 @@ def train_and_judge(
         "and privacy_certificate.json where it was trained privately."
     )
     return objective(cfg, results[recipe])
+
+
+def keep_what_was_asked(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Where the user names a class, as ``model._target_=my_pkg.Net``, drop settings that were for another one."""
+    keys = [override.lstrip("+").partition("=")[0] for override in overrides]
+    for node in ("model", "data"):
+        if f"{node}._target_" in keys:
+            asked = {key.split(".")[1] for key in keys if key.startswith(f"{node}.")}
+            with open_dict(cfg):
+                cfg[node] = {key: value for key, value in cfg[node].items_ex(resolve=False) if key in asked}
 
 
 def _finished(path: Path, cfg: DictConfig) -> dict[str, Any] | None:

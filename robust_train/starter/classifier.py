@@ -10,6 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torchmetrics import MeanMetric
 
+from ._checks import choice, number
+
 
 class Classifier(pl.LightningModule):
     """Cross-entropy, AdamW or SGD, and the metrics ``{train,val,test}/{loss,acc}``.
@@ -30,6 +32,7 @@ class Classifier(pl.LightningModule):
 
     Raises:
         ValueError: a setting is out of range, or a schedule is asked for in a run without an end.
+        TypeError: ``network`` is no module.
     """
 
     def __init__(
@@ -43,18 +46,16 @@ class Classifier(pl.LightningModule):
         momentum: float = 0.0,
     ) -> None:
         super().__init__()
-        if lr <= 0:
-            raise ValueError(f"lr must be > 0, got {lr}")
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
-        if schedule not in ("none", "cosine", "onecycle"):
-            raise ValueError(f"schedule must be none, cosine or onecycle, got {schedule!r}")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        if optimizer not in ("adamw", "sgd"):
-            raise ValueError(f"optimizer must be adamw or sgd, got {optimizer!r}")
-        if not 0 <= momentum < 1 or (momentum and optimizer != "sgd"):
-            raise ValueError(f"momentum must be in [0, 1), and 0 unless optimizer is sgd, got {momentum}")
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"network must be a torch module, got {network!r}")
+        number("lr", lr, "a number > 0", 0, with_low=False)
+        number("weight_decay", weight_decay, "a number >= 0", 0)
+        choice("schedule", schedule, ("none", "cosine", "onecycle"))
+        number("label_smoothing", label_smoothing, "in [0, 1)", 0, 1)
+        choice("optimizer", optimizer, ("adamw", "sgd"))
+        number("momentum", momentum, "in [0, 1)", 0, 1)
+        if momentum and optimizer != "sgd":
+            raise ValueError(f"momentum must be 0 unless optimizer is sgd, got {momentum}")
         self.save_hyperparameters(ignore=["network"])
         self.network = network
         self.lr = lr

@@ -7,7 +7,8 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from .once import apply_once
+from ._checks import whole
+from .once import MOST_WORKERS, apply_once, check_features
 
 
 class Digits(pl.LightningDataModule):
@@ -22,6 +23,10 @@ class Digits(pl.LightningDataModule):
         num_workers: processes that load data; the whole set lies in memory, so none is usually fastest.
         features: as in :class:`~robust_train.starter.fashion_mnist.FashionMNIST`.
 
+    Raises:
+        ValueError: a setting is out of range.
+        TypeError: ``features`` is no module.
+
     Reference:
         Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998.
     """
@@ -30,8 +35,10 @@ class Digits(pl.LightningDataModule):
         self, batch_size: int = 64, seed: int = 0, num_workers: int = 0, features: nn.Module | None = None
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        whole("batch_size", batch_size)
+        whole("seed", seed, 0, 2**32 - 1)
+        whole("num_workers", num_workers, 0, MOST_WORKERS)
+        check_features(features)
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers

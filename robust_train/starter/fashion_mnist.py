@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from .once import apply_once
+from ._checks import whole
+from .once import MOST_WORKERS, apply_once, check_features
 
 CLASSES = (
     "T-shirt/top",
@@ -111,6 +112,7 @@ class FashionMNIST(pl.LightningDataModule):
     Raises:
         FileNotFoundError: the files are nowhere to be found; says how to get them.
         ValueError: a file is damaged, or a setting is out of range.
+        TypeError: ``root`` is no path, or ``features`` no module.
 
     Reference:
         Xiao et al., "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms", 2017.
@@ -126,8 +128,13 @@ class FashionMNIST(pl.LightningDataModule):
         features: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or val_size < 0:
-            raise ValueError(f"batch_size must be >= 1 and val_size >= 0, got {batch_size} and {val_size}")
+        if not isinstance(root, (str, Path)):
+            raise TypeError(f"root must be the path of a folder, got {root!r}")
+        whole("batch_size", batch_size)
+        whole("val_size", val_size, 0)
+        whole("seed", seed, 0, 2**32 - 1)
+        whole("num_workers", num_workers, 0, MOST_WORKERS)
+        check_features(features)
         self.root = root
         self.batch_size = batch_size
         self.val_size = val_size

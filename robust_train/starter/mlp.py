@@ -5,6 +5,8 @@ from math import prod
 
 from torch import Tensor, nn
 
+from ._checks import number, whole, wholes
+
 
 class MLP(nn.Module):
     """Fully connected layers with ReLU and dropout between them.
@@ -14,6 +16,9 @@ class MLP(nn.Module):
         classes: how many logits to return.
         hidden: widths of the hidden layers; none makes the model linear.
         dropout: probability of zeroing a hidden unit.
+
+    Raises:
+        ValueError: a setting is out of range.
 
     Shapes:
         ``x: (B, *shape)``, returns ``(B, classes)``.
@@ -27,6 +32,10 @@ class MLP(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        wholes("shape", shape)
+        whole("classes", classes, 1, 2**20)
+        wholes("hidden", hidden)
+        number("dropout", dropout, "in [0, 1)", 0, 1)
         layers: list[nn.Module] = [nn.Flatten()]
         width = prod(shape)
         for units in hidden:

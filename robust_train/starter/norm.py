@@ -5,6 +5,8 @@ from typing import Literal
 
 from torch import nn
 
+from ._checks import choice
+
 Norm = Literal["batch", "group", "none"]
 
 
@@ -19,10 +21,9 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
     Raises:
         ValueError: ``norm`` is none of the three.
     """
+    choice("norm", norm, ("batch", "group", "none"))
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     if norm == "group":
         return nn.GroupNorm(gcd(8, channels), channels)
-    if norm == "none":
-        return nn.Identity()
-    raise ValueError(f"norm must be batch, group or none, got {norm!r}")
+    return nn.Identity()

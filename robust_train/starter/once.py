@@ -3,6 +3,18 @@
 import torch
 from torch import Tensor, nn
 
+MOST_WORKERS = 1024  # processes that load data; a number with a zero too many would take the machine down
+
+
+def check_features(module: object) -> None:
+    """Refuse what cannot be applied.
+
+    Raises:
+        TypeError: it is neither None nor a module.
+    """
+    if module is not None and not isinstance(module, nn.Module):
+        raise TypeError(f"features must be a torch module or null, got {module!r}")
+
 
 def apply_once(module: nn.Module, x: Tensor, batch_size: int = 500) -> Tensor:
     """What a module makes of many examples, batch by batch and without gradients.

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
+from ._checks import number, whole
 from .norm import Norm, norm_layer
 
 
@@ -15,6 +16,9 @@ class SmallCNN(nn.Module):
         channels: width of the first block; the second is twice as wide.
         dropout: probability of zeroing a feature before the linear layer.
         norm: ``"batch"``, ``"group"`` or ``"none"``, after each convolution.
+
+    Raises:
+        ValueError: a setting is out of range.
 
     Shapes:
         ``x: (B, in_channels, H, W)`` with ``H, W >= 8``, returns ``(B, classes)``.
@@ -29,6 +33,10 @@ class SmallCNN(nn.Module):
         norm: Norm = "batch",
     ) -> None:
         super().__init__()
+        whole("in_channels", in_channels, 1, 2**20)
+        whole("classes", classes, 1, 2**20)
+        whole("channels", channels, 1, 2**20)
+        number("dropout", dropout, "in [0, 1)", 0, 1)
         self.features = nn.Sequential(
             *_convolution(in_channels, channels, norm),
             *_convolution(channels, channels, norm),

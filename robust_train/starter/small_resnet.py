@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ._checks import whole
 from .norm import Norm, norm_layer
 
 
@@ -16,6 +17,9 @@ class SmallResNet(nn.Module):
         width: channels of the first stage.
         blocks: residual blocks in each stage.
         norm: ``"group"``, ``"batch"`` or ``"none"``.
+
+    Raises:
+        ValueError: a setting is out of range.
 
     Shapes:
         ``x: (B, in_channels, H, W)`` of any size, returns ``(B, classes)``.
@@ -33,8 +37,11 @@ class SmallResNet(nn.Module):
         norm: Norm = "group",
     ) -> None:
         super().__init__()
-        if not blocks or min(blocks) < 1:
-            raise ValueError(f"blocks must name at least one block for each stage, got {tuple(blocks)}")
+        whole("in_channels", in_channels, 1, 2**20)
+        whole("classes", classes, 1, 2**20)
+        whole("width", width, 1, 2**20)
+        if not blocks or not isinstance(blocks, Sequence) or not all(_count(n) for n in blocks) or len(blocks) > 16:
+            raise ValueError(f"blocks must name at least one block for each of up to 16 stages, got {blocks!r}")
         layers: list[nn.Module] = [_convolution(in_channels, width, 1), norm_layer(norm, width), nn.ReLU()]
         channels = width
         for stage, count in enumerate(blocks):
@@ -80,6 +87,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(self.body(x) + self.shortcut(x))
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1024
 
 
 def _convolution(inputs: int, outputs: int, stride: int) -> nn.Conv2d:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ._checks import whole, wholes
+
 
 class TanhCNN(nn.Module):
     """Two convolutions and two linear layers with tanh between them, 26,010 weights for 28 by 28 grey pixels.
@@ -19,6 +21,9 @@ class TanhCNN(nn.Module):
         classes: how many logits to return.
         channels: widths of the two convolutions.
         hidden: width of the hidden linear layer.
+
+    Raises:
+        ValueError: a setting is out of range.
 
     Shapes:
         ``x: (B, C, H, W)`` with ``H, W >= 4``, returns ``(B, classes)``.
@@ -36,6 +41,10 @@ class TanhCNN(nn.Module):
         hidden: int = 32,
     ) -> None:
         super().__init__()
+        wholes("shape", shape, 3)
+        whole("classes", classes, 1, 2**20)
+        wholes("channels", channels, 2)
+        whole("hidden", hidden, 1, 2**20)
         first, second, stride = (8, 4, 2) if min(shape[1:]) >= 20 else (4, 3, 1)
         self.features = nn.Sequential(
             nn.Conv2d(shape[0], channels[0], first, stride, padding=2),

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, group_norm, pad
 
+from ._checks import number, whole, wholes
+
 ENERGY = 1000.0  # squared norm of a block of features whose weight is 1: large beside the 1 of a bias
 FLOOR = 3e-3  # responses below it count as none, where pixels go from 0 to 1
 SPREAD = 0.35  # standard deviation of a pooling window, in steps of its grid
@@ -55,16 +57,16 @@ class WaveletFeatures(nn.Module):
         weights: Sequence[float] = (0.5, 1.0, 1.5, 1.0, 0.5),
     ) -> None:
         super().__init__()
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"shape must be (C, H, W), got {tuple(shape)}")
+        wholes("shape", shape, 3)
+        whole("orientations", orientations, 1, 1024)
         most = min(shape[1:]).bit_length() - 2
         scales = most if scales is None else scales
-        if not 1 <= scales <= most:
-            raise ValueError(f"scales must be between 1 and {most} for images of shape {tuple(shape)}, got {scales}")
-        if orientations < 1:
-            raise ValueError(f"orientations must be >= 1, got {orientations}")
-        if len(weights) != 5 or min(weights) < 0 or max(weights) == 0:
-            raise ValueError(f"weights must be five numbers >= 0, not all of them 0, got {tuple(weights)}")
+        if isinstance(scales, bool) or not isinstance(scales, int) or not 1 <= scales <= most:
+            raise ValueError(f"scales must be between 1 and {most} for images of shape {tuple(shape)}, got {scales!r}")
+        if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != 5 or not any(weights):
+            raise ValueError(f"weights must be five numbers >= 0, not all of them 0, got {weights!r}")
+        for index, weight in enumerate(weights):
+            number(f"weights[{index}]", weight, "a number >= 0", 0)
         self.shape, self.orientations = tuple(shape), orientations
         self.scales, self.weights = scales, tuple(weights)
         for j in range(scales):
@@ -120,6 +122,9 @@ class WaveletLinear(nn.Module):
 
     def __init__(self, features: WaveletFeatures, classes: int = 10) -> None:
         super().__init__()
+        if not isinstance(features, WaveletFeatures):
+            raise TypeError(f"features must be WaveletFeatures, got {features!r}")
+        whole("classes", classes, 1, 2**20)
         self.features = features
         self.head = nn.Linear(features.dim, classes)
         nn.init.zeros_(self.head.weight)

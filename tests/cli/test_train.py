@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from cli_kit import RECIPES, SMALL, run
+from cli_kit import RECIPES, SMALL, result, run
 
 from robust_train import cli
 from robust_train.cli import judge
@@ -108,6 +108,11 @@ def test_the_users_own_module_and_data(monkeypatch, tmp_path):
         run(monkeypatch, tmp_path, *common)
     out = run(monkeypatch, tmp_path, *common, "allow=[my_net]")
     assert (out / "result.json").is_file()
+
+    (tmp_path / "again").mkdir()
+    short = ("recipe=pgd_at", "model._target_=my_net.Net", "+model.width=4", "allow=[my_net]")
+    out = run(monkeypatch, tmp_path / "again", *short, "trainer.fast_dev_run=true", *SMALL[1:])
+    assert result(out)["config"]["model"] == {"_target_": "my_net.Net", "width": 4}
 
 
 def test_without_torchattacks_the_judges_that_need_it_are_named(monkeypatch, tmp_path, capsys):
