@@ -19,6 +19,7 @@ ALL_OF_IT = 0.05  # share of a bad group that may bear its label by chance; beyo
 MOST_NOISE = 0.5  # share of noise beyond which nobody can say which labels are the wrong ones
 TAIL = 0.3  # share of the canaries that must lie above a threshold for the share of noise to be read there
 RECOGNISED = 0.5  # share of the canaries that a model must recognise for its word on groups to count
+WINDOW = 0.1, 30  # of the canaries, or how many of them: within it wrong rows are compared with all
 CREDITED = 0.5  # power from which on noise is subtracted: nearer to where it is read, it excuses any weak filter
 
 
@@ -71,9 +72,10 @@ def by_canaries(
 ) -> Verdict:
     """Flag what is as suspicious as rows whose label is known to be wrong.
 
-    Of all thresholds at which the expected false-positive rate is at most ``target_fpr``, the one that finds most
-    canaries. The rate is what lies above the threshold beyond the estimated share of noise (``share_of_noise``), or the
-    share of trusted rows above it, whichever is larger.
+    Of all thresholds at which the expected false-positive rate is at most ``target_fpr``, and of the rows next above at
+    least half are expected to be wrong, the one that finds most canaries. The rate is what lies above the threshold
+    beyond the estimated share of noise (``share_of_noise``), or the share of trusted rows above it, whichever is
+    larger.
 
     Args:
         scores: ``(N,)``; higher is more suspicious.
@@ -98,17 +100,23 @@ def by_canaries(
     share = share_of_noise(ordinary, known)
     possible: list[tuple[float, float, float]] = []  # power, false-positive rate and threshold
     strongest = 0.0
-    for threshold in np.unique(np.quantile(known, np.linspace(0.01, 0.99, STEPS))):
-        power = float((known > threshold).mean())
-        above = float((ordinary > threshold).mean())
+    thresholds = np.quantile(known, np.linspace(0.01, 0.99, STEPS))
+    powers = np.array([(known > threshold).mean() for threshold in thresholds])
+    tails = np.array([(ordinary > threshold).mean() for threshold in thresholds])
+    wide = int(np.ceil((STEPS + 1) * max(WINDOW[0], WINDOW[1] / len(known))))
+    for i, threshold in enumerate(thresholds):
+        power, above = float(powers[i]), float(tails[i])
         noise = share if power >= CREDITED or null is not None else 0.0
         fpr = max(0.0, above - noise * power) / max(1 - noise, 1e-9)
         if null is not None:
             fpr = max(fpr, float((null > threshold).mean()) - 1 / np.sqrt(len(null)) * target_fpr)
-        if fpr <= target_fpr and power <= MOST_POWER:
-            strongest = max(strongest, power - above)
-            if power - above >= min_power:  # canaries that look like any row do not tell noise from clean rows
-                possible.append((power, fpr, float(threshold)))
+        if fpr > target_fpr or power > MOST_POWER:
+            continue
+        strongest = max(strongest, power - above)
+        beyond = i + wide  # of the rows up to there, at least half must be as wrong as the canaries are
+        wrong, rows = (power - powers[beyond], above - tails[beyond]) if beyond < STEPS else (power, above)
+        if power - above >= min_power and share * wrong >= rows / 2:
+            possible.append((power, fpr, float(threshold)))
     evidence |= {
         "noise_at_most": share,
         "power": strongest,
@@ -118,7 +126,11 @@ def by_canaries(
         note = f"too weak to tell, or more than {MOST_NOISE:.0%} of the labels are wrong: nothing is decided"
         return Verdict(nothing, None, {**evidence, "note": note})
     if not possible:
-        note = "too weak to tell clean rows from canaries: nothing is decided"
+        note = (
+            "too weak to tell clean rows from canaries: nothing is decided"
+            if strongest < min_power
+            else "above no threshold are rows more likely wrong than right: nothing is decided"
+        )
         return Verdict(nothing, None, {**evidence, "note": note})
     power, fpr, threshold = max(possible, key=lambda found: found[0])
     flagged = scores > threshold

@@ -171,3 +171,5 @@ def test_a_sweep_finishes_what_is_missing(folder):
     assert not list((folder / "jobs").glob("*/error.txt"))
     seeds = sorted(json.loads(path.read_text())["seed"] for path in (folder / "jobs").glob("*/result.json"))
     assert seeds == sorted([0, 1, 2] * 4)
+    told = start(folder, "sweep-table", "jobs").communicate(timeout=100)[0]
+    assert told.startswith("Jobs: 12 finished. Settings: 4,")
