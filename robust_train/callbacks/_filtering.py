@@ -22,6 +22,7 @@ from robust_train.callbacks._observer import Observed, Observer, Places, WrongLa
 from robust_train.callbacks._recorder import Recorder
 from robust_train.poisoning.decide import (
     CANARIES,
+    LEAST_CANARIES,
     Outcome,
     Verdict,
     by_canaries,
@@ -29,6 +30,7 @@ from robust_train.poisoning.decide import (
     by_exclusion,
     confirmed,
     decide,
+    labels_like,
 )
 from robust_train.poisoning.filters.base import Filter, Rows, Scores
 from robust_train.poisoning.policy import Policy
@@ -325,29 +327,46 @@ class Judge:
                 columns[name] = columns[name][0], verdict
 
     def _by_reference(self, rows: Rows, misled: Tensor, canary: np.ndarray) -> dict[str, tuple[Scores, Verdict]]:
-        """Scores and verdict of each trusted margin, or, without one, of the plain margin."""
+        """Scores and verdict of each trusted margin, or, without one, of the plain margin.
+
+        The canaries were held out of the reference, so that any label can be tried on them: where suspects are found,
+        they are judged once more against canaries that bear labels such as the suspects do.
+        """
         assert rows.reference is not None  # noqa: S101
-        own, wrongly = -margin(rows.reference, rows.labels), -margin(rows.reference, misled)
-        found: dict[str, tuple[Scores, Tensor, np.ndarray | None]] = {REFERENCE: (Scores(own), wrongly, None)}
         trusting = {name: method for name, method in self._filters.items() if "trusted" in method.needs}
-        if trusting and rows.trusted_labels is not None:
-            held_out = replace(rows, labels=rows.trusted_labels, reference=rows.trusted_logits, trusted_logits=None)
-            found = {
-                name: (method(rows), method(replace(rows, labels=misled)).values, method(held_out).values.numpy())
-                for name, method in trusting.items()
+
+        def judged(wrong: Tensor) -> dict[str, tuple[Scores, Verdict]]:
+            scored: dict[str, tuple[Scores, Tensor, np.ndarray | None]] = {}
+            if trusting and rows.trusted_labels is not None:
+                held_out = replace(rows, labels=rows.trusted_labels, reference=rows.trusted_logits, trusted_logits=None)
+                for name, method in trusting.items():
+                    known = method(replace(rows, labels=wrong)).values
+                    scored[name] = method(rows), known, method(held_out).values.numpy()
+            else:
+                own = Scores(-margin(rows.reference, rows.labels))
+                scored[REFERENCE] = own, -margin(rows.reference, wrong), None
+            return {
+                name: (
+                    scores,
+                    by_canaries(
+                        scores.values.numpy(),
+                        canary,
+                        target_fpr=self._policy.target_fpr,
+                        min_power=self._policy.min_power,
+                        canary_scores=known.numpy()[canary],
+                        null=null,
+                    ),
+                )
+                for name, (scores, known, null) in scored.items()
             }
 
-        def verdict(scores: Scores, known: Tensor, null: np.ndarray | None) -> Verdict:
-            return by_canaries(
-                scores.values.numpy(),
-                canary,
-                target_fpr=self._policy.target_fpr,
-                min_power=self._policy.min_power,
-                canary_scores=known.numpy()[canary],
-                null=null,
-            )
-
-        return {name: (scores, verdict(scores, known, null)) for name, (scores, known, null) in found.items()}
+        found = judged(misled)
+        suspects = np.any([verdict.flagged for _, verdict in found.values()], axis=0)
+        if suspects.sum() < LEAST_CANARIES:
+            return found
+        seen, own = rows.reference.argmax(1).numpy(), rows.labels.numpy()
+        alike = labels_like(seen[suspects], own[suspects], own, rows.classes, self._probe.seed)
+        return judged(torch.from_numpy(np.where(canary, alike, misled.numpy())))
 
     def _reference(self, labels: Tensor, suspects: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits of all N rows, and of the trusted ones by models that did not see them, with their labels."""

@@ -17,6 +17,7 @@ SLACK = 0.5, 1.0, 15.0  # standard errors that are added to the share of noise: 
 MOST_POWER = 0.97  # the last few canaries are not chased: they look clean
 ALL_OF_IT = 0.05  # share of a bad group that may bear its label by chance; beyond it only rows that contradict it count
 MOST_NOISE = 0.5  # share of noise beyond which nobody can say which labels are the wrong ones
+ANY_LABEL = 0.1  # share of the canaries that bear any wrong label, whatever the suspects bear
 TAIL = 0.3  # share of the canaries that must lie above a threshold for the share of noise to be read there
 RECOGNISED = 0.5  # share of the canaries that a model must recognise for its word on groups to count
 WINDOW = 0.1, 30  # of the canaries, or how many of them: within it wrong rows are compared with all
@@ -137,6 +138,30 @@ def by_canaries(
     if canary_scores is None:
         flagged &= ~canary
     return Verdict(flagged, threshold, {**evidence, "expected_fpr": fpr, "power": power})
+
+
+def labels_like(seen: np.ndarray, given: np.ndarray, labels: np.ndarray, classes: int, seed: int) -> np.ndarray:
+    """Wrong labels for rows, drawn as suspects bear them: of a cat mostly "dog", where cats were mostly labelled so.
+
+    Args:
+        seen: what a model takes the suspects for, int ``(S,)``.
+        given: the labels that they bear, int ``(S,)``.
+        labels: of all rows, int ``(N,)``.
+        classes: number of classes, 2 at least.
+        seed: of what is drawn.
+
+    Returns:
+        int64 ``(N,)``, nowhere a row's own label. One in ten is any wrong label, whatever the suspects bear.
+    """
+    counts, other = np.zeros((classes, classes)), 1.0 - np.eye(classes)
+    np.add.at(counts, (seen, given), 1.0)
+    counts, anything = counts * other, other / (classes - 1)
+    total = counts.sum(1, keepdims=True)
+    chances = np.where(total > 0, ANY_LABEL * anything + (1 - ANY_LABEL) * counts / np.maximum(total, 1), anything)
+    reached = chances.cumsum(1)[labels] > np.random.default_rng(seed).random((len(labels), 1))
+    reached[:, -1] |= ~reached.any(1)  # where rounding left a sum just below 1
+    drawn = reached.argmax(1)
+    return np.where(drawn == labels, (labels + 1) % classes, drawn)
 
 
 def confirmed(verdict: Verdict, reference: Verdict, margins: np.ndarray) -> Verdict:
