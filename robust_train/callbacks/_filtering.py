@@ -332,7 +332,8 @@ class Judge:
         The canaries were held out of the reference, so that any label can be tried on them: where suspects are found,
         they are judged once more against canaries that bear labels such as the suspects do.
         """
-        assert rows.reference is not None  # noqa: S101
+        reference = rows.reference
+        assert reference is not None  # noqa: S101
         trusting = {name: method for name, method in self._filters.items() if "trusted" in method.needs}
 
         def judged(wrong: Tensor) -> dict[str, tuple[Scores, Verdict]]:
@@ -343,8 +344,8 @@ class Judge:
                     known = method(replace(rows, labels=wrong)).values
                     scored[name] = method(rows), known, method(held_out).values.numpy()
             else:
-                own = Scores(-margin(rows.reference, rows.labels))
-                scored[REFERENCE] = own, -margin(rows.reference, wrong), None
+                own = Scores(-margin(reference, rows.labels))
+                scored[REFERENCE] = own, -margin(reference, wrong), None
             return {
                 name: (
                     scores,
@@ -364,7 +365,7 @@ class Judge:
         suspects = np.any([verdict.flagged for _, verdict in found.values()], axis=0)
         if suspects.sum() < LEAST_CANARIES:
             return found
-        seen, own = rows.reference.argmax(1).numpy(), rows.labels.numpy()
+        seen, own = reference.argmax(1).numpy(), rows.labels.numpy()
         alike = labels_like(seen[suspects], own[suspects], own, rows.classes, self._probe.seed)
         return judged(torch.from_numpy(np.where(canary, alike, misled.numpy())))
 

@@ -21,6 +21,7 @@ ANY_LABEL = 0.1  # share of the canaries that bear any wrong label, whatever the
 TAIL = 0.3  # share of the canaries that must lie above a threshold for the share of noise to be read there
 RECOGNISED = 0.5  # share of the canaries that a model must recognise for its word on groups to count
 WINDOW = 0.1, 30  # of the canaries, or how many of them: within it wrong rows are compared with all
+MOSTLY = 2 / 3  # of the rows at a threshold must be wrong; more than half, since canaries are easier than some rows
 CREDITED = 0.5  # power from which on noise is subtracted: nearer to where it is read, it excuses any weak filter
 
 
@@ -73,8 +74,8 @@ def by_canaries(
 ) -> Verdict:
     """Flag what is as suspicious as rows whose label is known to be wrong.
 
-    Of all thresholds at which the expected false-positive rate is at most ``target_fpr``, and of the rows next above at
-    least half are expected to be wrong, the one that finds most canaries. The rate is what lies above the threshold
+    Of all thresholds at which the expected false-positive rate is at most ``target_fpr``, and of the rows next above
+    two thirds are expected to be wrong, the one that finds most canaries. The rate is what lies above the threshold
     beyond the estimated share of noise (``share_of_noise``), or the share of trusted rows above it, whichever is
     larger.
 
@@ -114,9 +115,9 @@ def by_canaries(
         if fpr > target_fpr or power > MOST_POWER:
             continue
         strongest = max(strongest, power - above)
-        beyond = i + wide  # of the rows up to there, at least half must be as wrong as the canaries are
+        beyond = i + wide  # of the rows up to there, most must be as wrong as the canaries are
         wrong, rows = (power - powers[beyond], above - tails[beyond]) if beyond < STEPS else (power, above)
-        if power - above >= min_power and share * wrong >= rows / 2:
+        if power - above >= min_power and share * wrong >= rows * MOSTLY:
             possible.append((power, fpr, float(threshold)))
     evidence |= {
         "noise_at_most": share,

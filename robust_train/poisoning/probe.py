@@ -41,13 +41,16 @@ class Probe:
             value = getattr(self, name)
             if name == "epochs" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
                 raise ValueError(f"probe.{name} must be a whole number >= {least}, got {value!r}")
         if self.extractor is not None and not isinstance(self.extractor, nn.Module):
             raise TypeError(f"probe.extractor must be a torch module, got {self.extractor!r}")
+        if self.checkpoint is not None and (not isinstance(self.checkpoint, str) or not self.checkpoint):
+            raise ValueError(f"probe.checkpoint must be the path of a file, or null, got {self.checkpoint!r}")
         if self.checkpoint is not None and self.epochs is not None:
             raise ValueError("probe.epochs must be left out with probe.checkpoint, whose weights are not trained on")
-        if self.canaries is not None and not 0 < self.canaries <= 0.2:
+        number = isinstance(self.canaries, (int, float)) and not isinstance(self.canaries, bool)
+        if self.canaries is not None and (not number or not 0 < self.canaries <= 0.2):
             raise ValueError(f"probe.canaries must be a share in (0, 0.2], got {self.canaries!r}")
 
     def epochs_for(self, batches: int) -> int:

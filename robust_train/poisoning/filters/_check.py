@@ -13,7 +13,7 @@ def whole(name: str, value: object, low: int = 1) -> None:
     Raises:
         ValueError: it is not; ``name`` says where it was set.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**63:
         raise ValueError(f"{name} must be a whole number >= {low}, got {value!r}")
 
 

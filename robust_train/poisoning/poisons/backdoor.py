@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robust_train.poisoning.poisons.base import Poison, check_range, is_number, is_whole
+from robust_train.poisoning.poisons.base import Poison, check_range, is_number, is_range, is_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,10 @@ class Backdoor(Poison):
         super().__post_init__()
         if self.target is not None and (not is_whole(self.target) or self.target < 0):
             self.refuse("target", "a class >= 0 or null")
-        if not is_number(self.low) or not is_number(self.high) or not self.low < self.high:
-            raise ValueError(f"{self.name}.low must be a number below high, got {self.low!r} and {self.high!r}")
+        if not is_range(self.low, self.high):
+            raise ValueError(
+                f"{self.name}.low must be a number below high, both finite, got {self.low!r} and {self.high!r}"
+            )
         if self.keeps_labels and self.target is None:
             raise ValueError(
                 f"{self.name}.target must be a class where labels are kept: all-to-all changes every label"

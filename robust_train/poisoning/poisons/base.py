@@ -71,8 +71,8 @@ class Poison(ABC):
     def __post_init__(self) -> None:
         if not is_number(self.rate) or not 0 < self.rate <= 1:
             self.refuse("rate", "a number in (0, 1]")
-        if not is_whole(self.seed) or self.seed < 0:
-            self.refuse("seed", "a whole number >= 0")
+        if not is_whole(self.seed) or not 0 <= self.seed < 2**63:
+            self.refuse("seed", "a whole number >= 0 and < 2 ** 63")
 
     @property
     def name(self) -> str:
@@ -178,6 +178,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def is_range(low: object, high: object) -> bool:
+    """Whether inputs can range from one to the other, in float32."""
+    return is_number(low) and is_number(high) and -1e30 < low < high < 1e30  # type: ignore[operator]
+
+
 def is_whole(value: object) -> bool:
-    """Whether it is a whole number; True and False are not."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether it is a whole number, of no more than 64 bits; True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63

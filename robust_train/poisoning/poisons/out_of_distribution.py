@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robust_train.poisoning.poisons.base import Poison, check_range, is_number
+from robust_train.poisoning.poisons.base import Poison, check_range, is_range
 
 KINDS = ("noise", "constant", "permuted")
 
@@ -60,8 +60,10 @@ class OutOfDistribution(Poison):
         super().__post_init__()
         if self.kind not in KINDS:
             self.refuse("kind", f"one of {', '.join(KINDS)}")
-        if not is_number(self.low) or not is_number(self.high) or not self.low < self.high:
-            raise ValueError(f"{self.name}.low must be a number below high, got {self.low!r} and {self.high!r}")
+        if not is_range(self.low, self.high):
+            raise ValueError(
+                f"{self.name}.low must be a number below high, both finite, got {self.low!r} and {self.high!r}"
+            )
 
     def change(self, x: Tensor, y: Tensor, classes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         check_range(x, self.low, self.high)
