@@ -112,7 +112,6 @@ def test_clean_rows_are_flagged_at_about_the_target_rate_at_most(target, apart):
         assert verdict.threshold is not None or not verdict.flagged.any()
         assert verdict.calibration.get("expected_fpr", 0) <= target
         assert not verdict.flagged[canary].any()
-        assert verdict.threshold is not None or apart < 2
     assert np.mean(rates) <= 2 * target
     assert np.median(rates) <= (1.2 if target <= 0.01 else 2) * target
 
