@@ -361,12 +361,15 @@ class Judge:
                 for name, (scores, known, null) in scored.items()
             }
 
+        worst = -margin(reference, misled)[torch.from_numpy(canary)]
+        own = rows.labels.numpy()
         found = judged(misled)
-        suspects = np.any([verdict.flagged for _, verdict in found.values()], axis=0)
-        if suspects.sum() < LEAST_CANARIES:
+        sure = np.any([verdict.flagged for _, verdict in found.values()], axis=0)
+        if len(worst):  # of those less suspicious, too many are hard rows, whose labels are no noise
+            sure &= (-margin(reference, rows.labels) > worst.median()).numpy()
+        if sure.sum() < LEAST_CANARIES:
             return found
-        seen, own = reference.argmax(1).numpy(), rows.labels.numpy()
-        alike = labels_like(seen[suspects], own[suspects], own, rows.classes, self._probe.seed)
+        alike = labels_like(reference.argmax(1).numpy()[sure], own[sure], own, rows.classes, self._probe.seed)
         return judged(torch.from_numpy(np.where(canary, alike, misled.numpy())))
 
     def _reference(self, labels: Tensor, suspects: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor | None]:

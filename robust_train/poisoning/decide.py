@@ -17,7 +17,7 @@ SLACK = 0.5, 1.0, 15.0  # standard errors that are added to the share of noise: 
 MOST_POWER = 0.97  # the last few canaries are not chased: they look clean
 ALL_OF_IT = 0.05  # share of a bad group that may bear its label by chance; beyond it only rows that contradict it count
 MOST_NOISE = 0.5  # share of noise beyond which nobody can say which labels are the wrong ones
-ANY_LABEL = 0.1  # share of the canaries that bear any wrong label, whatever the suspects bear
+ANY_LABEL = 0.05  # share of the canaries that bear any wrong label, whatever the suspects bear
 TAIL = 0.3  # share of the canaries that must lie above a threshold for the share of noise to be read there
 RECOGNISED = 0.5  # share of the canaries that a model must recognise for its word on groups to count
 WINDOW = 0.1, 30  # of the canaries, or how many of them: within it wrong rows are compared with all
@@ -152,7 +152,7 @@ def labels_like(seen: np.ndarray, given: np.ndarray, labels: np.ndarray, classes
         seed: of what is drawn.
 
     Returns:
-        int64 ``(N,)``, nowhere a row's own label. One in ten is any wrong label, whatever the suspects bear.
+        int64 ``(N,)``, nowhere a row's own label. One in twenty is any wrong label, whatever the suspects bear.
     """
     counts, other = np.zeros((classes, classes)), 1.0 - np.eye(classes)
     np.add.at(counts, (seen, given), 1.0)
