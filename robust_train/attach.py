@@ -31,6 +31,7 @@ def callbacks() -> list[Any]:
     if not text:
         return []
     from robust_train.config import ConfigError, recipe
+    from robust_train.explain import shortened
 
     try:
         name, overrides, allow = parsed(shlex.split(text))
@@ -39,7 +40,7 @@ def callbacks() -> list[Any]:
         if os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0"):
             raise
         said = error if isinstance(error, ConfigError) else f"{text!r}: {error}"
-        sys.exit(f"robust-train: {SETTING}: {said}")
+        sys.exit(f"robust-train: {SETTING}: {shortened(' '.join(str(said).split()))}")
     if (note := os.environ.get(TAKEN)) is not None:
         Path(note).touch()
     return made

@@ -42,6 +42,13 @@ ALLOWED = (
 # What these make calls further targets of its own choosing, past the checks here.
 REFUSED = ("robust_train.cli", "robust_train.config", "pytorch_lightning.cli", "lightning.pytorch.cli")
 
+# What Hydra's own settings of a node may be; it takes others for nothing said.
+SPECIAL = {
+    "_convert_": ("none", "partial", "object", "all"),
+    "_recursive_": (True, False),
+    "_partial_": (True, False),
+}
+
 # The same classes under the names they have where only `pytorch_lightning` is installed.
 STANDALONE = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
 
@@ -68,7 +75,7 @@ def build(node: Any, *, allow: Sequence[str] = ()) -> Any:
 
     Guarantees:
         Nothing is called before every target of the node has been checked. A target is a class that is defined below an
-        allowed package, however its name reaches it; only ours and those of ``allow`` may be functions.
+        allowed package, however its name reaches it; only those of ``allow`` may be functions.
     """
     if isinstance(allow, str) or not all(_is_dotted(name) for name in allow):
         raise ConfigError(f"allow must be a list of package names such as ['my_pkg'], got {allow!r}")
@@ -106,10 +113,41 @@ def recipe(name: str, *overrides: str, allow: Sequence[str] = ()) -> list[Any]:
         The callbacks in the recipe's order; one that an override set to ``null`` is left out.
 
     Raises:
-        ConfigError: there is no such recipe, an override does not fit, or a callback cannot be built.
+        ConfigError: there is no such recipe, an override does not fit, a callback cannot be built, or the recipe's
+            defence is left out.
     """
-    callbacks = build(recipe_config(name, *overrides).get("callbacks") or {}, allow=allow)
-    return [callback for callback in callbacks.values() if callback is not None]
+    nodes = recipe_config(name, *overrides).get("callbacks") or {}
+    if not isinstance(nodes, DictConfig):
+        raise ConfigError(f"callbacks: must be callbacks by name, got {nodes!r}")
+    callbacks = {key: callback for key, callback in build(nodes, allow=allow).items() if callback is not None}
+    for key, callback in callbacks.items():
+        if not callable(getattr(callback, "on_fit_start", None)):
+            raise ConfigError(f"callbacks.{key}._target_: must name a Lightning callback, got {callback!r:.80}")
+    if overrides:
+        check_defences(name, callbacks.values())
+    return list(callbacks.values())
+
+
+def check_defences(name: str, callbacks: Iterable[Any]) -> None:
+    """Refuse a run that would bear a recipe's name without what it defends by.
+
+    Args:
+        name: of the recipe; of others than ours nothing is known.
+        callbacks: that the run has.
+
+    Raises:
+        ConfigError: one of the recipe's defences is missing.
+    """
+    if name not in recipe_names():
+        return
+    kinds = {kind.__name__ for callback in callbacks for kind in type(callback).__mro__}
+    for key, node in recipe_config(name).callbacks.items():
+        defence = _locate(node["_target_"], f"callbacks.{key}._target_")
+        if defence.defends and defence.__name__ not in kinds:
+            raise ConfigError(
+                f"callbacks.{key}: without {defence.__name__} recipe={name} would train undefended; if that is "
+                "what you want, use recipe=standard"
+            )
 
 
 def recipe_names() -> list[str]:
@@ -165,6 +203,9 @@ def _vet(value: Any, key: str, allow: tuple[str, ...]) -> Any:
         return [_vet(item, f"{key}[{index}]", allow) for index, item in enumerate(value)]
     if isinstance(value, dict):
         vetted = {name: _vet(item, f"{key}.{name}".lstrip("."), allow) for name, item in value.items()}
+        for name, choices in SPECIAL.items():
+            if name in value and value[name] not in choices:
+                raise ConfigError(f"{key}.{name}".lstrip(".") + f": must be one of {choices}, got {value[name]!r}")
         if "_target_" in value:
             vetted["_target_"] = _vet_target(value["_target_"], f"{key}._target_".lstrip("."), allow)
         return vetted
@@ -196,7 +237,7 @@ def _vet_target(target: Any, key: str, allow: tuple[str, ...]) -> str:
         )
     if _below(home, REFUSED):
         raise ConfigError(f"{key}: {target!r} would call other targets unchecked; name those targets themselves")
-    if not inspect.isclass(found) and not _below(home, ("robust_train", *allow)):
+    if not inspect.isclass(found) and not _below(home, allow):  # functions of ours write files, too
         raise ConfigError(
             f"{key}: {target!r} is not a class; wrap it in a function of yours and {_how_to_allow('my_pkg')}"
         )

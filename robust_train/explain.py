@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import Container, DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,6 +20,13 @@ def in_one_line(error: object) -> str:
     if isinstance(error, BARE):
         return f"{type(error).__name__}: {text}".removesuffix(": ")
     return text or type(error).__name__
+
+
+def shortened(text: str, most: int = 500) -> str:
+    """A message of at most ``most`` characters; of a long one first the long words lose their middle."""
+    if len(text) > most:
+        text = re.sub(r"\S{80,}", lambda found: f"{found[0][:40]}…{found[0][-20:]}", text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def hint(name: str, known: Iterable[str]) -> str:
@@ -44,12 +51,25 @@ def explained(error: HydraException | OmegaConfBaseException, keys: Callable[[],
     if found := re.search(r"Could not (?:override|delete from config|delete)[. ]*'([^']*)'", text):
         key = found[1]
         reason = in_one_line(error.__cause__) if error.__cause__ is not None else ""
-        if not reason or "is not in struct" in reason or "No match in the defaults list" in text:
-            return f"{key}: there is no such setting{hint(key, keys())}; to add one that is missing here write +{key}=…"
-        return f"{key}: {reason}"
+        if reason and "is not in struct" not in reason and "No match in the defaults list" not in text:
+            return f"{key}: {reason}"
+        key = getattr(error.__cause__, "full_key", None) or key  # of a group of settings, the one that is not there
+        known = list(keys())
+        if key in known:
+            return f"{key}: cannot be changed or left out in this way; set what is in it, or write ++{key}=…"
+        return f"{key}: there is no such setting{hint(key, known)}; to add one that is missing here write +{key}=…"
+    if isinstance(error, OverrideParseException):
+        return not_an_override(error.override)
     if found := re.search(r"Error parsing override '(.*?)'\n", text, re.DOTALL):
-        return f"{in_one_line(found[1])}: not of the form key=value; quote what has spaces, commas or brackets in it"
+        return not_an_override(found[1])
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {in_one_line(error)}"
     return in_one_line(error)
+
+
+def not_an_override(word: str) -> str:
+    """What to say of a word that is no override."""
+    return f"{in_one_line(word)}: not of the form key=value; quote what has spaces, commas or brackets in it"
 
 
 def dotted_keys(node: Container, prefix: str = "") -> list[str]:

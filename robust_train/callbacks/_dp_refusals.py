@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # by name: there is one in each Lightning package
 STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+MOST_EPSILON = 1000  # whoever asks for more has mistaken something: it promises nothing
+NOT_NULL = ("max_grad_norm", "noise_schedule", "accountant", "engine", "augmentation_multiplicity")
 CALLBACKS = {
     "GradientAccumulationScheduler": "it changes how many batches make a step, and with it the sample rate; use "
     "Trainer(accumulate_grad_batches=…)",
@@ -79,22 +81,22 @@ def check_settings(dp_sgd: Any, engines: Sequence[str]) -> None:
     if dp_sgd.target_epsilon is None and dp_sgd.noise_multiplier is None:
         raise ValueError("dp_sgd needs target_epsilon (a budget) or noise_multiplier (a noise level), or both")
     for name, ok, wanted in (
-        ("target_epsilon", _positive, "a number > 0"),
+        ("target_epsilon", lambda v: _positive(v) and v <= MOST_EPSILON, f"a number > 0 and <= {MOST_EPSILON}"),
         ("noise_multiplier", lambda v: _finite(v) and v >= 0, "a number >= 0"),
         ("target_delta", lambda v: _finite(v) and 0 < v < 1, "a number in (0, 1)"),
         ("max_grad_norm", lambda v: _number(v) and v > 0, "a number > 0"),
         ("physical_batch_size", _count, "a whole number >= 1"),
         ("dataset_size", _count, "a whole number >= 1"),
-        ("sample_rate", lambda v: _finite(v) and 0 < v <= 1, "a number in (0, 1]"),
+        ("sample_rate", lambda v: _finite(v) and 1e-9 <= v <= 1, "a number from 1e-9 to 1"),
         ("augmentation_multiplicity", _count, "a whole number >= 1"),
-        ("lost_steps", lambda v: v == 0 or _count(v), "a whole number >= 0"),
-        ("unsafe_seed", lambda v: v == 0 or _count(v), "a whole number >= 0"),
+        ("lost_steps", lambda v: v is not False and (v == 0 or _count(v)), "a whole number >= 0"),
+        ("unsafe_seed", lambda v: v is not False and (v == 0 or _count(v)), "a whole number >= 0"),
         ("noise_schedule", lambda v: len(v) > 0 and all(map(_positive, v)), "numbers > 0, at least one"),
-        ("accountant", ACCOUNTANTS.__contains__, f"one of {', '.join(ACCOUNTANTS)}"),
+        ("accountant", tuple(ACCOUNTANTS).__contains__, f"one of {', '.join(ACCOUNTANTS)}"),
         ("engine", engines.__contains__, f"one of {', '.join(engines)}"),
     ):
         value = getattr(dp_sgd, name)
-        if value is not None and not ok(value):
+        if not ok(value) if value is not None or name in NOT_NULL else False:
             raise ValueError(f"dp_sgd.{name} must be {wanted}, got {value!r}")
     if dp_sgd.max_grad_norm == math.inf and dp_sgd.noise_multiplier != 0:
         raise ValueError("dp_sgd.max_grad_norm=inf bounds no example, so no noise hides it: use a finite norm")
@@ -120,4 +122,4 @@ def _positive(value: Any) -> bool:
 
 
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**63

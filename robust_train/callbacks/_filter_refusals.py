@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from robust_train.callbacks import _seams
+from robust_train.callbacks._checks import check_counts, check_places, check_switches, check_texts
 from robust_train.callbacks._samplers import a_pass_of_batches
 from robust_train.poisoning.filters.base import Filter
 from robust_train.poisoning.policy import Policy
@@ -59,8 +60,11 @@ def check_settings(data_filter: Any) -> None:
     filters, trusted, during = data_filter.filters, data_filter.trusted, data_filter.when == "during"
     if data_filter.when not in WHEN:
         raise ValueError(f"data_filter.when must be 'before' or 'during', got {data_filter.when!r}")
-    if not _count(data_filter.warmup_epochs, 1):
-        raise ValueError(f"data_filter.warmup_epochs must be a whole number >= 1, got {data_filter.warmup_epochs!r}")
+    check_counts("data_filter", 1, warmup_epochs=data_filter.warmup_epochs)
+    check_switches("data_filter", restart=data_filter.restart)
+    check_places("data_filter", **{name: getattr(data_filter, name) for name in ("inputs", "labels", "loader")})
+    texts = ("logits", "features", "quarantine", "mask")
+    check_texts("data_filter", **{name: getattr(data_filter, name) for name in texts})
     for name, kind in (("policy", Policy), ("probe", Probe)):
         if not isinstance(value := getattr(data_filter, name), kind):
             raise TypeError(f"data_filter.{name} must be a robust_train {kind.__name__}, got {value!r}")

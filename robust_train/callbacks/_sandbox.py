@@ -42,7 +42,7 @@ from robust_train.callbacks._state import (
     slots_of,
     values_in,
 )
-from robust_train.evasion.randomness import get_global_rng, numpy_moved, set_global_rng
+from robust_train.evasion.randomness import get_global_rng, numpy_moved, seed_global_rng, set_global_rng
 from robust_train.evasion.victim import frozen
 
 MODES = ("eval", "batch", "train")
@@ -152,6 +152,18 @@ class Sandbox:
             if first:  # a step that draws from numpy does so in every call
                 self._numpy_used = numpy_moved(self._rng)
             set_global_rng(rng, self._device)
+
+    @contextmanager
+    def reseeded(self, seed: int) -> Iterator[None]:
+        """Inside, the global generators stand where ``seed`` puts them whenever an extra call begins."""
+        stood, outside = self._rng, get_global_rng(self._device)
+        seed_global_rng(seed)
+        self._rng = get_global_rng(self._device)
+        try:
+            yield
+        finally:
+            self._rng = stood
+            set_global_rng(outside, self._device)
 
     @property
     def drew_from_iterators(self) -> bool:

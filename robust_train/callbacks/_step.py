@@ -187,6 +187,14 @@ class StepVictim(Victim):
             finally:
                 self._open = False
 
+    def network(self) -> nn.Module:
+        return self._module
+
+    @contextmanager
+    def reseeded(self, seed: int) -> Iterator[None]:
+        with self._sandbox.reseeded(seed):
+            yield
+
     def _own(self, x: Tensor) -> Tensor:
         """The step's own loss."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from robust_train.callbacks import _seams
+from robust_train.callbacks._checks import check_counts, check_name, check_places, check_switches, check_texts
 from robust_train.custody.manifest import Manifest
 from robust_train.poisoning.schema import JOINT_RULES, RULES, Schema
 
@@ -20,10 +21,12 @@ def check_settings(validation: Any) -> None:
     Raises:
         ValueError: a setting is out of range, or contradicts another.
     """
-    for name in ("infer_batches", "remember_rows"):
-        value = getattr(validation, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"data_validation.{name} must be a whole number >= 1, got {value!r}")
+    counts = {name: getattr(validation, name) for name in ("infer_batches", "remember_rows")}
+    check_counts("data_validation", 1, **counts)
+    check_switches("data_validation", check_val=validation.check_val)
+    check_places("data_validation", inputs=validation.inputs, labels=validation.labels)
+    check_texts("data_validation", manifest=validation.manifest)
+    check_name("data_validation", validation.name)
     if validation.mode not in MODES:
         raise ValueError(f"data_validation.mode must be one of {', '.join(MODES)}, got {validation.mode!r}")
     unknown = [rule for rule in validation.skip if rule not in RULES]
@@ -31,8 +34,15 @@ def check_settings(validation: Any) -> None:
         raise ValueError(f"data_validation.skip must be a list of rules out of {', '.join(RULES)}, got {unknown!r}")
     if not isinstance(validation.schema, (Schema, str, Path)):
         raise ValueError(f"data_validation.schema must be a path, a Schema or 'infer', got {validation.schema!r}")
+    trusted = validation.trusted
+    if trusted is not None and (isinstance(trusted, (str, Mapping)) or not _is_iterable(trusted)):
+        raise ValueError(f"data_validation.trusted must be a dataset, a loader or a list of batches, got {trusted!r}")
     if validation.trusted is not None and validation.schema != "infer":
         raise ValueError('data_validation.trusted is what a schema is inferred from: it needs schema="infer"')
+
+
+def _is_iterable(value: Any) -> bool:
+    return any(callable(getattr(type(value), name, None)) for name in ("__iter__", "__getitem__"))
 
 
 def refuse_what_cannot_work(trainer: Any, module: Any, validation: Any, schema: Schema | None) -> None:

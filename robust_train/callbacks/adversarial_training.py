@@ -14,6 +14,7 @@ from torch import Tensor
 from robust_train.callbacks import _seams
 from robust_train.callbacks._batch import Path, find_input, get, label_candidates, replaced, write_back
 from robust_train.callbacks._callback import Callback, call_text, place_text, plain, submodule
+from robust_train.callbacks._checks import check_counts, check_places, check_texts
 from robust_train.callbacks._sandbox import MODES, Sandbox
 from robust_train.callbacks._step import (
     Layout,
@@ -119,8 +120,9 @@ class AdversarialTraining(Callback):
         for name, value, choices in (("mode", mode, MODES), ("warmup", warmup, WARMUPS)):
             if value not in choices:
                 raise ValueError(f"adversarial_training.{name} must be one of {', '.join(choices)}, got {value!r}")
-        if warmup_epochs < 0:
-            raise ValueError(f"adversarial_training.warmup_epochs must be >= 0, got {warmup_epochs}")
+        check_counts("adversarial_training", 0, warmup_epochs=warmup_epochs, seed=0 if seed is None else seed)
+        check_places("adversarial_training", inputs=inputs, labels=labels)
+        check_texts("adversarial_training", logits=logits)
         if objective.replaces_loss and attack.needs - {"loss"}:
             raise ValueError(
                 f"{type(objective).__name__} has a loss of its own to be attacked, and {call_text(attack)} chooses its "
@@ -243,6 +245,12 @@ class AdversarialTraining(Callback):
             raise ValueError(
                 "AdversarialTraining cannot see the batch of a training_step(self, dataloader_iter): take "
                 "training_step(self, batch, batch_idx) instead"
+            )
+        epochs = trainer.max_epochs
+        if epochs is not None and 0 < epochs <= self.warmup_epochs and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"adversarial_training.warmup_epochs={self.warmup_epochs} lasts as long as max_epochs={epochs}, so "
+                "that the attack would never reach its strength: train for more epochs, or shorten it"
             )
         if self.logits is not None:
             submodule(pl_module, self.logits)

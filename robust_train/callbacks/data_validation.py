@@ -391,7 +391,8 @@ class _Run:
 
 
 def _names(rules: Sequence[str]) -> tuple[str, ...]:
-    return (rules,) if isinstance(rules, str) else tuple(rules)
+    """Rules as a tuple; what is none is told of by the check of the settings."""
+    return tuple(rules) if isinstance(rules, (list, tuple, set, frozenset)) else (rules,)  # type: ignore[return-value]
 
 
 def _in_precision(trainer: Any, dtype: str | None) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from robust_train.callbacks import _seams
 from robust_train.callbacks._callback import Callback, call_text, plain
+from robust_train.callbacks._checks import check_switches
 from robust_train.callbacks._dp_refusals import check_settings, refuse_what_cannot_work
 from robust_train.callbacks._dp_run import (
     assumptions,
@@ -148,6 +149,9 @@ class DPSGD(Callback):
         clipping = Flat() if clipping is None else clipping
         if not isinstance(clipping, Clipping):
             raise TypeError(f"dp_sgd.clipping must be a robust_train Clipping, got {clipping!r}")
+        if isinstance(noise_schedule, str) or not isinstance(noise_schedule, Sequence):
+            raise TypeError(f"dp_sgd.noise_schedule must be a list of numbers > 0, got {noise_schedule!r}")
+        check_switches("dp_sgd", fix_modules=fix_modules, secure_mode=secure_mode, preflight=preflight)
         self.target_epsilon, self.noise_multiplier, self.target_delta = target_epsilon, noise_multiplier, target_delta
         self.max_grad_norm, self.physical_batch_size = max_grad_norm, physical_batch_size
         self.dataset_size, self.sample_rate = dataset_size, sample_rate

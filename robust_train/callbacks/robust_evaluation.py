@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 from robust_train.callbacks import _seams
 from robust_train.callbacks._batch import find_input, fresh, get, label_candidates
 from robust_train.callbacks._callback import Callback, call_text, place_text, plain, submodule
+from robust_train.callbacks._checks import check_counts, check_name, check_places, check_texts
 from robust_train.callbacks._sandbox import Sandbox
 from robust_train.callbacks._step import Layout, StepSkipped, StepVictim, find_logits, loss_of
 from robust_train.evasion.attacks.base import Attack
@@ -83,6 +84,8 @@ class RobustEvaluation(Callback):
         name: str = "",
         seed: int = 0,
     ) -> None:
+        if not isinstance(attacks, (Attack, Mapping)):
+            raise TypeError(f"robust_evaluation.attacks must be an attack, or attacks by name, got {attacks!r}")
         self.attacks = {type(attacks).__name__.lower(): attacks} if isinstance(attacks, Attack) else dict(attacks)
         if not self.attacks:
             raise ValueError("robust_evaluation.attacks must hold at least one attack")
@@ -98,9 +101,12 @@ class RobustEvaluation(Callback):
             raise TypeError(f"robust_evaluation.threat must be a robust_train Threat, got {threat!r}")
         for attack in self.attacks.values():
             attack.check(threat)
-        for setting, value in (("every_n_epochs", every_n_epochs), ("limit_batches", limit_batches)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"robust_evaluation.{setting} must be a whole number >= 1, got {value!r}")
+        batches = 1 if limit_batches is None else limit_batches
+        check_counts("robust_evaluation", 1, every_n_epochs=every_n_epochs, limit_batches=batches)
+        check_counts("robust_evaluation", 0, seed=seed)
+        check_places("robust_evaluation", inputs=inputs, labels=labels)
+        check_texts("robust_evaluation", logits=logits)
+        check_name("robust_evaluation", name)
         self.threat, self.every_n_epochs, self.limit_batches = threat, every_n_epochs, limit_batches
         self.inputs, self.labels, self.logits, self.name, self.seed = inputs, labels, logits, name, seed
         self._means: dict[str, MeanMetric] = {}

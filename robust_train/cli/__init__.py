@@ -9,7 +9,7 @@ from importlib import import_module
 
 from robust_train.attach import SETTING
 from robust_train.config import ConfigError
-from robust_train.explain import in_one_line
+from robust_train.explain import in_one_line, shortened
 
 INTERRUPTED = 130  # what shells use for Ctrl-C
 
@@ -50,7 +50,7 @@ def main() -> None:
         if wants_trace():
             raise
         said = str(error) if isinstance(error, ConfigError) else in_one_line(error)
-        sys.exit(f"robust-train: {said}")
+        sys.exit(f"robust-train: {shortened(' '.join(said.split()))}")
 
 
 def wants_trace() -> bool:

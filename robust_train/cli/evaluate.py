@@ -9,7 +9,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from robust_train.cli.compose import launch
+from robust_train.cli.checks import check_settings
+from robust_train.cli.compose import launch, typed_overrides
 from robust_train.cli.train import RESULT_FILE, keep_what_was_asked, objective, versions
 from robust_train.config import ConfigError, build
 from robust_train.custody._files import write_whole
@@ -37,7 +38,8 @@ def run(cfg: DictConfig, folder: Path) -> float | tuple[float, ...]:
 
     if OmegaConf.is_missing(cfg, "ckpt") or cfg.ckpt is None:
         raise ConfigError("ckpt: missing; name the checkpoint to judge: robust-train evaluate ckpt=FILE attack=pgd")
-    keep_what_was_asked(cfg, HydraConfig.get().overrides.task)
+    keep_what_was_asked(cfg, typed_overrides())
+    check_settings(cfg, nodes=("model", "data", "trainer", "judge", "threat"))
     allow = list(cfg.allow)
     threat = build(cfg.threat, allow=allow)
     with open_dict(cfg):
@@ -49,7 +51,7 @@ def run(cfg: DictConfig, folder: Path) -> float | tuple[float, ...]:
     results = {path.stem: judged(cfg, model, data, threat, attacks)}
     summary = {
         "recipe": path.stem,
-        "overrides": list(HydraConfig.get().overrides.task),
+        "overrides": typed_overrides(),
         "ckpt": str(path),
         "threat": threat.describe(),
         "seed": cfg.seed,
@@ -75,6 +77,7 @@ def _told(argv: list[str]) -> list[str]:
         return []
     asked = {_root(word) for word in argv}
     words = [str(word) for word in OmegaConf.load(kept)]
+    words = [word for word in words if "@" not in word.partition("=")[0]]  # whose value would land elsewhere
     told = [word for word in words if _root(word) in ABOUT_THE_MODEL and _root(word) not in asked]
     if told:
         print(f"from {kept}: {' '.join(told)}")

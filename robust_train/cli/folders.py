@@ -1,15 +1,16 @@
 """Folders of configs that the user brings with ``--config-dir``: what files in them may decide, and what not.
 
 A recipe may come from a stranger. What it builds is vetted by ``robust_train.config.build``; but Hydra has settings of
-its own below ``hydra``, some of which name Python code that runs, or environment variables, before any job begins. Those,
-and which packages are trusted, are for the command line alone.
+its own below ``hydra``, some of which name Python code, or environment variables, and take effect before a job begins.
+Those, and which packages are trusted, are for the command line alone.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -52,16 +53,28 @@ class CommandLineSearchPath(SearchPathPlugin):
     """Our configs without a prefix, and the user's, on the search path of our own command line; other apps see neither.
 
     Attributes:
-        folders: the user's.
+        folders: the user's; None: whatever is composed is not for our command line.
     """
 
-    folders: Iterable[str] = ()
+    folders: Sequence[str] | None = None
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append the mount, then the folders: a name of ours means ours."""
+        if self.folders is None:
+            return
         search_path.append("robust-train", "robust-train://")
         for folder in self.folders:
             search_path.append("command-line", f"{UserConfigs.scheme()}://{folder}")
+
+
+@contextmanager
+def searched(folders: Sequence[str] = ()) -> Iterator[None]:
+    """What is composed inside sees our configs without a prefix, and those of the folders."""
+    before, CommandLineSearchPath.folders = CommandLineSearchPath.folders, folders
+    try:
+        yield
+    finally:
+        CommandLineSearchPath.folders = before
 
 
 class UserConfigs(RobustTrainConfigs):
@@ -86,8 +99,8 @@ class UserConfigs(RobustTrainConfigs):
         result = super().load_config(config_path)
         if (found := reserved(config_path.removesuffix(".yaml"), result)) is not None:
             raise ConfigError(
-                f"{Path(self.path) / config_path}: a config of yours cannot set {found!r}, which decides what code is "
-                f"run: type {found.partition('.')[0]}…=… on the command line"
+                f"{Path(self.path) / config_path}: a config in a folder cannot set {found}, which decides what code "
+                "runs; if you want that, type it on the command line"
             )
         return result
 
@@ -114,8 +127,8 @@ def reserved(config_path: str, result: ConfigResult) -> str | None:
 
 def _taken(group: str, name: str) -> bool:
     """Whether a plugin has a config of this name, or a config of ours builds on one."""
-    bases = [OmegaConf.load(path).get("defaults", []) for path in (config_dir("conf") / group).glob("*.yaml")]
-    if any(name in base for base in bases):
+    bases = [OmegaConf.to_container(OmegaConf.load(path)) for path in (config_dir("conf") / group).glob("*.yaml")]
+    if any(name in base.get("defaults", []) for base in bases):  # type: ignore[union-attr]
         return True
     try:
         ConfigStore.instance().load(f"{group}/{name}.yaml")

@@ -23,17 +23,28 @@ BATCH_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def judges(cfg: DictConfig, threat: Any) -> dict[str, Any]:
-    """The attacks that judge; says aloud which of them cannot run."""
+    """The attacks that judge; says aloud which of them cannot run.
+
+    Raises:
+        ConfigError: there is none, or a setting is out of range.
+    """
+    from robust_train import Attack, Threat
+
     nodes: Any = OmegaConf.to_container(cfg.judge.attacks, resolve=True)
-    if not isinstance(nodes, dict):
-        raise ConfigError(f"judge.attacks: must be attacks by name, got {nodes!r}")
+    for name, node in nodes.items():
+        if node is not None and not isinstance(node, dict):
+            raise ConfigError(f"judge.attacks.{name}: must be an attack with a _target_, or null, got {node!r}")
     if find_spec("torchattacks") is None:
         for name in [n for n, node in nodes.items() if node and str(node.get("_target_")).endswith("TorchAttack")]:
             del nodes[name]
             print(f"judge.attacks.{name} is not run: torchattacks is not installed (see README, Dependencies).")
-    named = {str(name): node for name, node in nodes.items() if node}
+    named = {str(name): node for name, node in nodes.items() if node is not None}
     attacks = build({"judge": {"attacks": named}}, allow=list(cfg.allow))["judge"]["attacks"]
+    if not isinstance(threat, Threat):
+        raise ConfigError(f"threat._target_: must name a robust_train Threat, got {threat!r:.80}")
     for name, attack in list(attacks.items()):
+        if not isinstance(attack, Attack):
+            raise ConfigError(f"judge.attacks.{name}._target_: must name a robust_train Attack, got {attack!r:.80}")
         try:
             attack.check(threat)
         except ValueError as error:
@@ -41,6 +52,10 @@ def judges(cfg: DictConfig, threat: Any) -> dict[str, Any]:
             print(f"judge.attacks.{name} is not run: {error}.")
     if not attacks:
         raise ConfigError("judge.attacks: no attack is left to judge with; name at least one")
+    try:
+        _evaluations(cfg, threat, attacks)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"judge: {error}") from error
     return attacks
 
 
@@ -52,7 +67,11 @@ def load_weights(model: pl.LightningModule, path: Path) -> None:
     """
     import torch
 
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise ConfigError(f"ckpt: {in_one_line(error)}") from error
+    if not found:
         raise ConfigError(f"ckpt: there is no file {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -75,17 +94,7 @@ def judged(
     """Metrics of the test set under the judging attacks, on one device, and the curve over eps."""
     import pytorch_lightning as pl
 
-    from robust_train import PGD, RobustEvaluation
-
-    shared: dict[str, Any] = {"limit_batches": cfg.judge.limit_batches, "seed": cfg.seed}
-    if settings := (cfg.get("callbacks") or {}).get("robust_evaluation"):  # how the user's batch is read
-        shared |= {key: settings.get(key) for key in ("inputs", "labels", "logits")}
-    evaluations = [RobustEvaluation(attacks, threat, **shared)]
-    factors = [float(f) for f in cfg.judge.curve]
-    for i, factor in enumerate(factors):
-        evaluations.append(
-            RobustEvaluation({"pgd": PGD(steps=CURVE_STEPS)}, threat.scaled(factor), name=f"curve{i}", **shared)
-        )
+    evaluations = _evaluations(cfg, threat, attacks)
     keys = ("accelerator", "precision", "limit_test_batches", "fast_dev_run", "enable_progress_bar")
     with warnings.catch_warnings(), quiet():
         trainer = pl.Trainer(
@@ -101,8 +110,25 @@ def judged(
     own = {k.removeprefix("test/"): v for k, v in measured.items() if k.startswith("test/") and "curve" not in k}
     kind = "acc" if "test/robust_acc" in measured else "loss"
     curve = [[0.0, own[f"clean_{kind}"]]]
+    factors = [float(factor) for factor in cfg.judge.curve]
     curve += [[f * threat.radius, measured[f"test/curve{i}/robust_{kind}"]] for i, f in enumerate(factors)]
     return {**own, "curve": curve if factors else []}
+
+
+def _evaluations(cfg: DictConfig, threat: Any, attacks: dict[str, Any]) -> list[Any]:
+    """What judges: the attacks, and PGD for each point of the curve."""
+    from robust_train import PGD, RobustEvaluation
+
+    shared: dict[str, Any] = {"limit_batches": cfg.judge.limit_batches, "seed": cfg.seed}
+    settings = (cfg.get("callbacks") or {}).get("robust_evaluation")
+    if isinstance(settings, DictConfig):  # how the user's batch is read
+        shared |= {key: settings.get(key) for key in ("inputs", "labels", "logits")}
+    pgd = {"pgd": PGD(steps=CURVE_STEPS)}
+    curve = [
+        RobustEvaluation(pgd, threat.scaled(float(factor)), name=f"curve{i}", **shared)
+        for i, factor in enumerate(cfg.judge.curve)
+    ]
+    return [RobustEvaluation(attacks, threat, **shared), *curve]
 
 
 @contextmanager

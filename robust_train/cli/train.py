@@ -18,15 +18,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from robust_train.cli import INTERRUPTED
-from robust_train.cli.compose import launch
-from robust_train.config import ConfigError, build
+from robust_train.cli.checks import check_kind, check_seed, check_settings, check_that_it_trains
+from robust_train.cli.compose import launch, typed_overrides
+from robust_train.config import ConfigError, build, check_defences
 from robust_train.custody._files import write_whole
-from robust_train.explain import hint
 
 RESULT_FILE = "result.json"
 CHECKPOINTS = "checkpoints"
-# what a sweeper can be told to optimize
-METRICS = ("robust_acc", "clean_acc", "robust_loss", "clean_loss", "epsilon", "attack_success_rate", "train_seconds")
 
 
 def train(argv: list[str]) -> None:
@@ -45,14 +43,14 @@ def run(cfg: DictConfig, folder: Path) -> float | tuple[float, ...]:
         What ``optimize`` names.
     """
     settings = HydraConfig.get()
-    keep_what_was_asked(cfg, settings.overrides.task)
+    keep_what_was_asked(cfg, typed_overrides())
     if settings.mode is RunMode.MULTIRUN and "LOCAL_RANK" not in os.environ:  # or processes of a job would part ways
         earlier = _finished(folder / RESULT_FILE, cfg)
         if earlier is not None:
             print(f"finished before, and left as it is: {folder}", flush=True)
             return objective(cfg, earlier)
     recipe = settings.runtime.choices.get("recipe") or "no_recipe"
-    return train_and_judge(cfg, folder, recipe, overrides=list(settings.overrides.task))
+    return train_and_judge(cfg, folder, recipe, overrides=typed_overrides())
 
 
 def train_and_judge(
@@ -76,17 +74,15 @@ def train_and_judge(
     from robust_train.cli.judge import judged, judges, pictures, quiet
     from robust_train.report import comparison
 
-    for node in ("model", "data", "trainer", "callbacks", "judge", "threat"):
-        if cfg.get(node) is None:
-            raise ConfigError(f"{node}: missing; name one, for example with recipe=… or {node}=…")
-    _check_metrics(cfg)
+    check_settings(cfg)
     threat = build(cfg.threat, allow=list(cfg.allow))
     attacks = judges(cfg, threat)
     names = (["standard"] if cfg.baseline else []) + [recipe]
     for name in names:
         _check_folder(folder / name, resume=resume)
         with quiet():  # what cannot be built is found before anything is trained
-            _parts(cfg, folder / name, defended=name == recipe)
+            *_, trainer = _parts(cfg, folder / name, defended=name == recipe)
+        check_defences(name, trainer.callbacks)
     results, models, data = {}, {}, None
     for name in names:
         print(f"\n=== {name}: training ===", flush=True)
@@ -166,12 +162,6 @@ def objective(cfg: DictConfig, result: dict[str, Any]) -> float | tuple[float, .
     return tuple(one(name) for name in cfg.optimize)
 
 
-def _check_metrics(cfg: DictConfig) -> None:
-    for name in [cfg.optimize] if isinstance(cfg.optimize, str) else cfg.optimize or [None]:
-        if name not in METRICS:
-            raise ConfigError(f"optimize: {name!r} is none of {', '.join(METRICS)}{hint(str(name), METRICS)}")
-
-
 def _parts(cfg: DictConfig, folder: Path, *, defended: bool) -> tuple[Any, Any, Any]:
     """Model, data and Trainer of one training run.
 
@@ -184,6 +174,8 @@ def _parts(cfg: DictConfig, folder: Path, *, defended: bool) -> tuple[Any, Any, 
     allow = list(cfg.allow)
     _seed(cfg.seed)
     data, model = build(cfg.data, allow=allow), build(cfg.model, allow=allow)
+    check_kind("data", data, "LightningDataModule")
+    check_kind("model", model, "LightningModule")
     if cfg.ckpt is not None:
         from robust_train.cli.judge import load_weights
 
@@ -214,6 +206,8 @@ def _parts(cfg: DictConfig, folder: Path, *, defended: bool) -> tuple[Any, Any, 
         },
         allow=allow,
     )["trainer"]
+    check_kind("trainer", trainer, "Trainer")
+    check_that_it_trains(trainer)
     return model, data, trainer
 
 
@@ -232,8 +226,7 @@ def _check_folder(folder: Path, *, resume: bool) -> None:
 def _seed(seed: Any) -> None:
     import pytorch_lightning as pl
 
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ConfigError(f"seed: must be a whole number from 0 to {2**32 - 1}, got {seed!r}")
+    check_seed(seed)
     pl.seed_everything(seed, workers=True, verbose=False)
 
 

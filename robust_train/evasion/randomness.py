@@ -31,6 +31,13 @@ def set_global_rng(state: dict[str, Any], device: torch.device, numpy: bool = Tr
         np.random.set_state(state["numpy"])
 
 
+def seed_global_rng(seed: int) -> None:
+    """Start the global generators of Python, numpy and torch, on every device, from ``seed`` in [0, 2**63)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def numpy_moved(state: dict[str, Any]) -> bool:
     """Whether numpy's global generator is elsewhere than in ``state``."""
     (_, keys, *rest), (_, now, *rest_now) = state["numpy"], np.random.get_state()

@@ -25,15 +25,16 @@ def parse_number(name: str, value: Any) -> float:
     Raises:
         ValueError: ``value`` is neither.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    readable = isinstance(value, (int, float)) or (isinstance(value, str) and value.isascii())
+    if isinstance(value, bool) or not readable:
         raise ValueError(f'{name} must be a number or a fraction such as "8/255", got {value!r}')
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     try:
         return float(Fraction(str(value).replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f'{name} must be a number or a fraction such as "8/255", got {value!r}') from None
 
 
@@ -44,6 +45,13 @@ def _parse_many(name: str, value: Any) -> float | tuple[float, ...]:
             raise ValueError(f"{name} must hold at least one number")
         return tuple(parse_number(name, v) for v in value)
     return parse_number(name, value)
+
+
+def _parse_truths(name: str, value: Any) -> tuple[bool, ...]:
+    value = value.tolist() if isinstance(value, (Tensor, np.ndarray)) else value
+    if not isinstance(value, (list, tuple)) or not value or not all(v in (0, 1) for v in value):
+        raise ValueError(f"{name} must hold one truth value a feature, got {value!r}")
+    return tuple(map(bool, value))
 
 
 def _norm_over_examples(d: Tensor, p: float) -> Tensor:
@@ -93,7 +101,7 @@ class Threat:
             value = getattr(self, name)
             parsed[name] = None if value is None else _parse_many(f"threat.{name}", value)
         if self.mutable is not None:
-            parsed["mutable"] = tuple(bool(m) for m in self.mutable)
+            parsed["mutable"] = _parse_truths("threat.mutable", self.mutable)
         for name, value in parsed.items():
             object.__setattr__(self, name, value)
         if not (math.isfinite(self.radius) and self.radius >= 0):
@@ -109,8 +117,10 @@ class Threat:
             raise ValueError(f"threat.low must be below threat.high, got {self.low} and {self.high}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("threat.mean and threat.std belong together: give both or neither")
-        if self.std is not None and not bool((torch.tensor(self.std) > 0).all()):
-            raise ValueError(f"threat.std must be > 0, got {self.std}")
+        if self.mean is not None and not bool(torch.tensor(self.mean).isfinite().all()):
+            raise ValueError(f"threat.mean must be finite, got {self.mean}")
+        if self.std is not None and not bool(((std := torch.tensor(self.std)) > 0).logical_and(std.isfinite()).all()):
+            raise ValueError(f"threat.std must be > 0 and finite, got {self.std}")
 
     @property
     def radius(self) -> float:

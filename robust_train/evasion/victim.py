@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robust_train.evasion.randomness import seed_global_rng
+
 
 class Victim(ABC):
     """What an attack may ask of a model for one batch.
@@ -61,6 +63,22 @@ class Victim(ABC):
         """Inside, the model may be called at will; afterwards it is as before."""
         return nullcontext()
 
+    def network(self) -> nn.Module:
+        """The module that computes losses and logits, for attacks that name its parts.
+
+        Raises:
+            ValueError: the victim is a function, or does not show its module.
+        """
+        raise ValueError("this attack looks at the model's submodules, and the model under attack is no torch module")
+
+    def reseeded(self, seed: int) -> AbstractContextManager[None]:
+        """Inside, whatever the model draws from the global generators follows from ``seed``.
+
+        For use within an attack, which puts the global generators back when it ends.
+        """
+        seed_global_rng(seed)
+        return nullcontext()
+
     def known_labels(self) -> Tensor:
         """The labels.
 
@@ -105,6 +123,9 @@ class ClassifierVictim(Victim):
 
     def relabelled(self, labels: Tensor) -> ClassifierVictim:
         return ClassifierVictim(self.model, labels, self.stop_when_fooled)
+
+    def network(self) -> nn.Module:
+        return self.model if isinstance(self.model, nn.Module) else super().network()
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

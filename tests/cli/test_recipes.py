@@ -23,7 +23,7 @@ def test_help_needs_no_torch():
     for words in ([], ["--help"], ["recipes"], ["recipes", "show", "pgd_at"], ["run", "--help"]):
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert "recipe" in done.stdout
+        assert "pgd_at" in done.stdout or "usage" in done.stdout
 
 
 def test_the_overview_has_a_line_for_every_command_and_recipe():

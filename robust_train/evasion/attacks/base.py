@@ -20,7 +20,8 @@ class Attack(ABC):
     same name in ``conf/attack/``; the contract tests find it there.
 
     Attributes:
-        family: ``"gradient"``, ``"noise"``, ``"ensemble"`` or ``"external"``: which contract tests apply.
+        family: which contract tests apply: ``"gradient"``, ``"minimum_norm"`` (seeks the nearest misclassified point),
+            ``"blackbox"`` (asks for scores only), ``"noise"``, ``"ensemble"``, ``"external"`` or one of your own.
 
     Guarantees:
         The result lies in the threat's ball (times ``reach``) and box, in float32, float64 and bfloat16; ``eps = 0``

@@ -69,10 +69,13 @@ class FGSM(Attack):
     project: bool = True
 
     def __post_init__(self) -> None:
-        if not self.step > 0:
-            raise ValueError(f"fgsm.step must be > 0, got {self.step}")
-        if not self.noise >= 0:
-            raise ValueError(f"fgsm.noise must be >= 0, got {self.noise}")
+        for name in ("step", "noise"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value < float("inf") or (name == "step" and value == 0):
+                raise ValueError(f"fgsm.{name} must be {'>' if name == 'step' else '>='} 0 and finite, got {value!r}")
+        if not isinstance(self.project, bool):
+            raise ValueError(f"fgsm.project must be true or false, got {self.project!r}")
 
     @property
     def reach(self) -> float:

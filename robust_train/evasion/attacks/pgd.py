@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robust_train.evasion.attacks._checks import check_counts
 from robust_train.evasion.attacks.base import Attack, working_precision
 from robust_train.evasion.threat import Threat, parse_number
 from robust_train.evasion.victim import Victim, input_gradient
@@ -123,10 +124,9 @@ class PGD(Attack):
     targeted: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "restarts"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"pgd.{name} must be a whole number >= 1, got {value!r}")
+        check_counts("pgd", steps=self.steps, restarts=self.restarts)
+        if not isinstance(self.random_start, bool):
+            raise ValueError(f"pgd.random_start must be true or false, got {self.random_start!r}")
         if self.step_size is not None:
             size = parse_number("pgd.step_size", self.step_size)
             if not 0 < size < float("inf"):

@@ -37,6 +37,26 @@ def _range(threat: Threat) -> tuple[float, float]:
     return low, high
 
 
+def _check_like(key: str, value: Any, default: Any) -> None:
+    """Refuse a value of another kind than torchattacks' own default, which torchattacks itself does not look at.
+
+    Raises:
+        ValueError: it is.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(default, bool):
+        fits, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        least = 1 if key in ("steps", "n_restarts") else 0
+        fits, wanted = isinstance(value, int) and number and least <= value < 2**63, f"a whole number >= {least}"
+    elif isinstance(default, float):
+        fits, wanted = number, "a finite number"
+    else:
+        fits, wanted = not isinstance(default, str) or isinstance(value, str), "a text"
+    if not fits:
+        raise ValueError(f"torchattack.settings.{key} must be {wanted}, got {value!r}")
+
+
 class _UnitModel(nn.Module):
     """The victim as torchattacks expects a model: pixels in [0, 1] to logits (B, classes)."""
 
@@ -84,12 +104,15 @@ class TorchAttack(Attack):
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.settings, Mapping):
+            raise TypeError(f"torchattack.settings must be arguments by name, got {self.settings!r}")
         object.__setattr__(self, "settings", dict(self.settings))
         accepted = inspect.signature(self._attack_class().__init__).parameters
         for key in self.settings:
             if key not in accepted or key in ("self", "model"):
                 known = ", ".join(k for k in accepted if k not in ("self", "model"))
                 raise ValueError(f"torchattacks.{self.name} has no argument {key!r}; it has: {known}")
+            _check_like(key, self.settings[key], accepted[key].default)
         for key in (*RADIUS, "norm"):
             if key in self.settings:
                 raise ValueError(
@@ -144,12 +167,14 @@ class TorchAttack(Attack):
                 "torchattacks is not installed: pip install 'robust-train[torchattacks]'. If its pin of requests "
                 "clashes or torchvision cannot be had: pip install --no-deps torchattacks (its code imports neither)."
             ) from error
+        if not isinstance(self.name, str):
+            raise TypeError(f"torchattack.name must be the name of a class of torchattacks, got {self.name!r}")
         if self.name in WRAPPERS:
             raise ValueError(f"torchattacks.{self.name} {WRAPPERS[self.name]}: it cannot be run by name")
         if self.name not in library.__all__:
             near = difflib.get_close_matches(self.name, library.__all__, n=1, cutoff=0.3)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"torchattacks has no attack {self.name!r}{hint}")
+            raise ValueError(f"torchattack.name: torchattacks has no attack {self.name!r}{hint}")
         return getattr(library, self.name)
 
     def _arguments(self, x: Tensor, threat: Threat, seed: int, classes: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from robust_train.evasion.attacks._checks import check_counts
 from robust_train.evasion.attacks.base import Attack, working_precision
 from robust_train.evasion.threat import Threat
 from robust_train.evasion.victim import Victim
@@ -57,8 +58,7 @@ class UniformNoise(Attack):
     draws: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.draws, bool) or not isinstance(self.draws, int) or self.draws < 1:
-            raise ValueError(f"uniform_noise.draws must be a whole number >= 1, got {self.draws!r}")
+        check_counts("uniform_noise", draws=self.draws)
 
     @property
     def passes(self) -> float:

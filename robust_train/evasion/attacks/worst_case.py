@@ -66,6 +66,8 @@ class WorstCase(Attack):
     attacks: Sequence[Attack] | Mapping[str, Attack]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.attacks, (Sequence, Mapping)) or isinstance(self.attacks, str):
+            raise TypeError(f"worst_case.attacks must be attacks by name, or a list of them, got {self.attacks!r}")
         members: Any = self.attacks.values() if isinstance(self.attacks, Mapping) else self.attacks
         object.__setattr__(self, "attacks", tuple(members))
         if not self.members:

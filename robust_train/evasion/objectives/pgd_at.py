@@ -31,8 +31,9 @@ class PGDAT(Objective):
     clean_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.clean_weight < 1:
-            raise ValueError(f"pgd_at.clean_weight must be in [0, 1), got {self.clean_weight}")
+        number = isinstance(self.clean_weight, (int, float)) and not isinstance(self.clean_weight, bool)
+        if not number or not 0 <= self.clean_weight < 1:
+            raise ValueError(f"pgd_at.clean_weight must be in [0, 1), got {self.clean_weight!r}")
 
     @property
     def own_weight(self) -> float:

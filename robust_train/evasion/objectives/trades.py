@@ -45,6 +45,12 @@ class _DivergenceVictim(Victim):
     def undisturbed(self):  # noqa: ANN201
         return self._victim.undisturbed()
 
+    def network(self):  # noqa: ANN201
+        return self._victim.network()
+
+    def reseeded(self, seed: int):  # noqa: ANN201
+        return self._victim.reseeded(seed)
+
 
 @dataclass(frozen=True)
 class TRADES(Objective):
@@ -72,8 +78,9 @@ class TRADES(Objective):
     beta: float = 6.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta < float("inf"):
-            raise ValueError(f"trades.beta must be >= 0 and finite, got {self.beta}")
+        number = isinstance(self.beta, (int, float)) and not isinstance(self.beta, bool)
+        if not number or not 0 <= self.beta < float("inf"):
+            raise ValueError(f"trades.beta must be >= 0 and finite, got {self.beta!r}")
 
     @property
     def extra_passes(self) -> float:

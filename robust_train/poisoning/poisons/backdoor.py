@@ -35,9 +35,7 @@ class Backdoor(Poison):
         if self.target is not None and (not is_whole(self.target) or self.target < 0):
             self.refuse("target", "a class >= 0 or null")
         if not is_range(self.low, self.high):
-            raise ValueError(
-                f"{self.name}.low must be a number below high, both finite, got {self.low!r} and {self.high!r}"
-            )
+            raise ValueError(f"{self.name}.low must be a number below high, got {self.low!r} and {self.high!r}")
         if self.keeps_labels and self.target is None:
             raise ValueError(
                 f"{self.name}.target must be a class where labels are kept: all-to-all changes every label"

@@ -25,7 +25,7 @@ class Automatic(Clipping):
 
     def __post_init__(self) -> None:
         if not self.stability > 0:
-            raise ValueError(f"automatic.stability must be > 0, got {self.stability}")
+            raise ValueError(f"automatic.stability must be > 0, got {self.stability!r}")
 
     def factors(self, norms: Tensor, bound: float) -> Tensor:
         if bound == float("inf"):
