@@ -17,6 +17,12 @@ from robust_train.hydra_plugin import config_dir, register
 ATTACKS = sorted(path.stem for path in (config_dir("conf") / "attack").glob("*.yaml"))
 NORMS = ("linf", "l2", "l1")
 EPS = {"linf": 0.2, "l2": 1.0, "l1": 4.0}
+FEWER = {  # what takes thousands of passes by default
+    "apgd_targeted": ("targets=2",),
+    "auto_attack": ("version=custom", "steps=10", "targets=2", "queries=30"),
+    "fab": ("steps=10", "targets=2"),
+    "square": ("queries=50",),
+}
 
 
 def make(name: str):
@@ -25,7 +31,8 @@ def make(name: str):
     register()
     with initialize(version_base="1.3", config_path=None):
         mounts = "hydra.searchpath=[robust-train://,robust-train://robust_train]"
-        attack = build(compose(overrides=[mounts, f"+attack={name}"]).attack)
+        fewer = [f"attack.{setting}" for setting in FEWER.get(name, ())]
+        attack = build(compose(overrides=[mounts, f"+attack={name}", *fewer]).attack)
     if attack.family == "external":
         pytest.importorskip("torchattacks")
     return attack
