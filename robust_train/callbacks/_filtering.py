@@ -361,15 +361,19 @@ class Judge:
                 for name, (scores, known, null) in scored.items()
             }
 
-        worst = -margin(reference, misled)[torch.from_numpy(canary)]
-        own = rows.labels.numpy()
+        known, own = reference[torch.from_numpy(canary)], rows.labels.numpy()
+        worst = -margin(known, misled[torch.from_numpy(canary)])
         found = judged(misled)
         sure = np.any([verdict.flagged for _, verdict in found.values()], axis=0)
         if len(worst):  # of those less suspicious, too many are hard rows, whose labels are no noise
             sure &= (-margin(reference, rows.labels) > worst.median()).numpy()
         if sure.sum() < LEAST_CANARIES:
             return found
-        alike = labels_like(reference.argmax(1).numpy()[sure], own[sure], own, rows.classes, self._probe.seed)
+        by_label = [-margin(known, torch.full_like(worst, c, dtype=torch.int64)) for c in range(rows.classes)]
+        as_sure = (torch.stack(by_label, 1) > worst.median()).double()  # whichever label they bore, (K, classes)
+        taken_for = torch.eye(rows.classes, dtype=torch.float64)[known.argmax(1)]
+        chance = taken_for.T @ as_sure / taken_for.sum(0)[:, None].clamp_min(1)
+        alike = labels_like(reference.argmax(1).numpy()[sure], own[sure], chance.numpy(), own, self._probe.seed)
         return judged(torch.from_numpy(np.where(canary, alike, misled.numpy())))
 
     def _reference(self, labels: Tensor, suspects: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor | None]:

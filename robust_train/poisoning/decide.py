@@ -18,10 +18,10 @@ MOST_POWER = 0.97  # the last few canaries are not chased: they look clean
 ALL_OF_IT = 0.05  # share of a bad group that may bear its label by chance; beyond it only rows that contradict it count
 MOST_NOISE = 0.5  # share of noise beyond which nobody can say which labels are the wrong ones
 ANY_LABEL = 0.05  # share of the canaries that bear any wrong label, whatever the suspects bear
+LEAST_FOUND = 0.1  # a suspect counts for ten at most, where few like it are found
 TAIL = 0.3  # share of the canaries that must lie above a threshold for the share of noise to be read there
 RECOGNISED = 0.5  # share of the canaries that a model must recognise for its word on groups to count
 WINDOW = 0.1, 30  # of the canaries, or how many of them: within it wrong rows are compared with all
-MOSTLY = 2 / 3  # of the rows at a threshold must be wrong; more than half, since canaries are easier than some rows
 CREDITED = 0.5  # power from which on noise is subtracted: nearer to where it is read, it excuses any weak filter
 
 
@@ -75,7 +75,7 @@ def by_canaries(
     """Flag what is as suspicious as rows whose label is known to be wrong.
 
     Of all thresholds at which the expected false-positive rate is at most ``target_fpr``, and of the rows next above
-    two thirds are expected to be wrong, the one that finds most canaries. The rate is what lies above the threshold
+    at least half are expected to be wrong, the one that finds most canaries. The rate is what lies above the threshold
     beyond the estimated share of noise (``share_of_noise``), or the share of trusted rows above it, whichever is
     larger.
 
@@ -115,9 +115,9 @@ def by_canaries(
         if fpr > target_fpr or power > MOST_POWER:
             continue
         strongest = max(strongest, power - above)
-        beyond = i + wide  # of the rows up to there, most must be as wrong as the canaries are
+        beyond = i + wide  # of the rows up to there, at least half must be as wrong as the canaries are
         wrong, rows = (power - powers[beyond], above - tails[beyond]) if beyond < STEPS else (power, above)
-        if power - above >= min_power and share * wrong >= rows * MOSTLY:
+        if power - above >= min_power and share * wrong >= rows / 2:
             possible.append((power, fpr, float(threshold)))
     evidence |= {
         "noise_at_most": share,
@@ -141,22 +141,29 @@ def by_canaries(
     return Verdict(flagged, threshold, {**evidence, "expected_fpr": fpr, "power": power})
 
 
-def labels_like(seen: np.ndarray, given: np.ndarray, labels: np.ndarray, classes: int, seed: int) -> np.ndarray:
+def labels_like(seen: np.ndarray, given: np.ndarray, found: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
     """Wrong labels for rows, drawn as suspects bear them: of a cat mostly "dog", where cats were mostly labelled so.
+
+    Suspects are those that were found, and a cat that is labelled "dog" is found less often than one that is labelled
+    "lorry": each counts for as many as there must be for one to be found.
 
     Args:
         seen: what a model takes the suspects for, int ``(S,)``.
         given: the labels that they bear, int ``(S,)``.
-        labels: of all rows, int ``(N,)``.
-        classes: number of classes, 2 at least.
+        found: share of rows that are found, by what they are seen as and the label they bear, ``(classes, classes)``.
+        labels: of all rows, int ``(N,)``; two classes at least.
         seed: of what is drawn.
 
     Returns:
         int64 ``(N,)``, nowhere a row's own label. One in twenty is any wrong label, whatever the suspects bear.
+
+    Reference:
+        Horvitz and Thompson, "A Generalization of Sampling Without Replacement from a Finite Universe", 1952.
     """
+    classes = len(found)
     counts, other = np.zeros((classes, classes)), 1.0 - np.eye(classes)
     np.add.at(counts, (seen, given), 1.0)
-    counts, anything = counts * other, other / (classes - 1)
+    counts, anything = counts * other / np.maximum(found, LEAST_FOUND), other / (classes - 1)
     total = counts.sum(1, keepdims=True)
     chances = np.where(total > 0, ANY_LABEL * anything + (1 - ANY_LABEL) * counts / np.maximum(total, 1), anything)
     reached = chances.cumsum(1)[labels] > np.random.default_rng(seed).random((len(labels), 1))

@@ -119,7 +119,7 @@ def _of(recipe: str, key: str, default: Any) -> list[Case]:
     if isinstance(default, bool):
         sure = (*TEXTS, "3", *WRONG_KIND)
     elif isinstance(default, (int, float)):
-        sure = (*TEXTS, "nan", "-inf", *WRONG_KIND)
+        sure = (*TEXTS, "nan", *(() if last == "low" else ("-inf",)), *WRONG_KIND)  # inputs may have no lower bound
     elif isinstance(default, list):
         sure = ("3", "nan", "true")
     elif isinstance(default, str) and "${" not in default and last not in ANY_TEXT:

@@ -298,14 +298,22 @@ def test_what_a_model_agrees_with_that_did_not_learn_it_is_not_flagged():
 def test_labels_that_are_drawn_are_wrong_ones(seed, classes, suspects):
     rng = np.random.default_rng(seed)
     seen, given_, labels = (rng.integers(0, classes, n) for n in (suspects, suspects, 200))
-    drawn = labels_like(seen, given_, labels, classes, seed)
+    found = rng.random((classes, classes))
+    drawn = labels_like(seen, given_, found, labels, seed)
     assert ((drawn >= 0) & (drawn < classes) & (drawn != labels)).all()
-    assert (drawn == labels_like(seen, given_, labels, classes, seed)).all()
+    assert (drawn == labels_like(seen, given_, found, labels, seed)).all()
 
 
 def test_labels_are_drawn_as_the_suspects_bear_them():
     labels = np.arange(5000) % 5
     seen = np.arange(100) % 3
-    drawn = labels_like(seen, (seen + 1) % 5, labels, 5, 0)
+    drawn = labels_like(seen, (seen + 1) % 5, np.ones((5, 5)), labels, 0)
     assert (drawn == (labels + 1) % 5)[labels < 3].mean() == pytest.approx(0.9625, abs=0.02)
     assert (drawn == (labels + 1) % 5)[labels >= 3].mean() == pytest.approx(0.25, abs=0.03)
+
+
+def test_suspects_that_are_seldom_found_count_for_more():
+    found = np.where(np.arange(5) == 1, 0.2, 0.8) * np.ones((5, 1))  # whoever bears the label 1 is found seldom
+    given_ = np.repeat([1, 2, 3, 4], [20, 80, 80, 80])  # of equally many each
+    drawn = labels_like(np.zeros(260, dtype=int), given_, found, np.zeros(20_000, dtype=int), 0)
+    assert np.bincount(drawn, minlength=5)[1:] / 20_000 == pytest.approx(0.25, abs=0.02)
