@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 2  # of references, at most
 FOLDS = 2  # of the trusted rows, for their own scores
+DRAWS = 8  # wrong labels a canary, once it is known which labels suspects bear
 
 
 @dataclass
@@ -336,16 +337,16 @@ class Judge:
         assert reference is not None  # noqa: S101
         trusting = {name: method for name, method in self._filters.items() if "trusted" in method.needs}
 
-        def judged(wrong: Tensor) -> dict[str, tuple[Scores, Verdict]]:
-            scored: dict[str, tuple[Scores, Tensor, np.ndarray | None]] = {}
+        def judged(*wrong: Tensor) -> dict[str, tuple[Scores, Verdict]]:
+            scored: dict[str, tuple[Scores, list[Tensor], np.ndarray | None]] = {}
             if trusting and rows.trusted_labels is not None:
                 held_out = replace(rows, labels=rows.trusted_labels, reference=rows.trusted_logits, trusted_logits=None)
                 for name, method in trusting.items():
-                    known = method(replace(rows, labels=wrong)).values
+                    known = [method(replace(rows, labels=labels)).values for labels in wrong]
                     scored[name] = method(rows), known, method(held_out).values.numpy()
             else:
                 own = Scores(-margin(reference, rows.labels))
-                scored[REFERENCE] = own, -margin(reference, wrong), None
+                scored[REFERENCE] = own, [-margin(reference, labels) for labels in wrong], None
             return {
                 name: (
                     scores,
@@ -354,27 +355,33 @@ class Judge:
                         canary,
                         target_fpr=self._policy.target_fpr,
                         min_power=self._policy.min_power,
-                        canary_scores=known.numpy()[canary],
+                        canary_scores=np.concatenate([values.numpy()[canary] for values in known]),
                         null=null,
                     ),
                 )
                 for name, (scores, known, null) in scored.items()
             }
 
-        known, own = reference[torch.from_numpy(canary)], rows.labels.numpy()
-        worst = -margin(known, misled[torch.from_numpy(canary)])
+        where, own = torch.from_numpy(canary), rows.labels.numpy()
+        held_out, misled_margins = reference[where], -margin(reference, misled)[where]
         found = judged(misled)
         sure = np.any([verdict.flagged for _, verdict in found.values()], axis=0)
-        if len(worst):  # of those less suspicious, too many are hard rows, whose labels are no noise
-            sure &= (-margin(reference, rows.labels) > worst.median()).numpy()
+        if len(held_out):  # of those less suspicious, too many are hard rows, whose labels are no noise
+            sure &= (-margin(reference, rows.labels) > misled_margins.median()).numpy()
         if sure.sum() < LEAST_CANARIES:
             return found
-        by_label = [-margin(known, torch.full_like(worst, c, dtype=torch.int64)) for c in range(rows.classes)]
-        as_sure = (torch.stack(by_label, 1) > worst.median()).double()  # whichever label they bore, (K, classes)
-        taken_for = torch.eye(rows.classes, dtype=torch.float64)[known.argmax(1)]
-        chance = taken_for.T @ as_sure / taken_for.sum(0)[:, None].clamp_min(1)
-        alike = labels_like(reference.argmax(1).numpy()[sure], own[sure], chance.numpy(), own, self._probe.seed)
-        return judged(torch.from_numpy(np.where(canary, alike, misled.numpy())))
+        by_label = [-margin(held_out, torch.full((len(held_out),), label)) for label in range(rows.classes)]
+        as_sure = (torch.stack(by_label, 1) > misled_margins.median()).numpy()
+        seen = reference.argmax(1).numpy()
+        alike = labels_like(
+            seen[sure], own[sure], seen[canary], as_sure, own[canary], draws=DRAWS, seed=self._probe.seed
+        )
+        every = []
+        for labels in alike:
+            wrong = misled.clone()
+            wrong[where] = torch.from_numpy(labels)
+            every.append(wrong)
+        return judged(*every)
 
     def _reference(self, labels: Tensor, suspects: np.ndarray) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits of all N rows, and of the trusted ones by models that did not see them, with their labels."""

@@ -17,8 +17,8 @@ SLACK = 0.5, 1.0, 15.0  # standard errors that are added to the share of noise: 
 MOST_POWER = 0.97  # the last few canaries are not chased: they look clean
 ALL_OF_IT = 0.05  # share of a bad group that may bear its label by chance; beyond it only rows that contradict it count
 MOST_NOISE = 0.5  # share of noise beyond which nobody can say which labels are the wrong ones
-ANY_LABEL = 0.05  # share of the canaries that bear any wrong label, whatever the suspects bear
-LEAST_FOUND = 0.1  # a suspect counts for ten at most, where few like it are found
+OBSERVABLE = 0.3  # share of a kind of wrong label that must be found for its frequency to be read off what was found
+PRIOR = 0.05  # rows of each kind of wrong label, as a share of what there is, that count as typical of all kinds
 TAIL = 0.3  # share of the canaries that must lie above a threshold for the share of noise to be read there
 RECOGNISED = 0.5  # share of the canaries that a model must recognise for its word on groups to count
 WINDOW = 0.1, 30  # of the canaries, or how many of them: within it wrong rows are compared with all
@@ -85,8 +85,8 @@ def by_canaries(
         target_fpr: highest expected share of clean rows that are flagged.
         min_power: least share of the canaries that must be found, beyond the share that is found of all rows; below it
             nothing is flagged.
-        canary_scores: of the canaries under their wrong labels, ``(K,)``, where ``scores`` judges their own labels.
-            None: ``scores`` itself is under the wrong labels; canaries are then not judged.
+        canary_scores: of the canaries under their wrong labels, ``(K,)`` or several times as many, where ``scores``
+            judges their own labels. None: ``scores`` itself is under the wrong labels; canaries are then not judged.
         null: scores of trusted rows, ``(T,)``, or None.
 
     Guarantees:
@@ -96,8 +96,8 @@ def by_canaries(
     known = scores[canary] if canary_scores is None else canary_scores
     ordinary = scores[~canary]
     nothing = np.zeros(len(scores), dtype=bool)
-    evidence: dict[str, Any] = {"method": CANARIES, "canaries": len(known), "target_fpr": target_fpr}
-    if len(known) < LEAST_CANARIES or not len(ordinary):
+    evidence: dict[str, Any] = {"method": CANARIES, "canaries": int(canary.sum()), "target_fpr": target_fpr}
+    if canary.sum() < LEAST_CANARIES or not len(ordinary):
         return Verdict(nothing, None, {**evidence, "note": "too few canaries to calibrate with: nothing is decided"})
     share = share_of_noise(ordinary, known)
     possible: list[tuple[float, float, float]] = []  # power, false-positive rate and threshold
@@ -141,35 +141,59 @@ def by_canaries(
     return Verdict(flagged, threshold, {**evidence, "expected_fpr": fpr, "power": power})
 
 
-def labels_like(seen: np.ndarray, given: np.ndarray, found: np.ndarray, labels: np.ndarray, seed: int) -> np.ndarray:
-    """Wrong labels for rows, drawn as suspects bear them: of a cat mostly "dog", where cats were mostly labelled so.
+def labels_like(
+    seen: np.ndarray,
+    given: np.ndarray,
+    taken_for: np.ndarray,
+    found: np.ndarray,
+    labels: np.ndarray,
+    *,
+    draws: int,
+    seed: int,
+) -> np.ndarray:
+    """Wrong labels for canaries, drawn as suspects bear them: of a cat mostly "dog", if cats were mostly labelled so.
 
     Suspects are those that were found, and a cat that is labelled "dog" is found less often than one that is labelled
-    "lorry": each counts for as many as there must be for one to be found.
+    "lorry": each counts for as many as there must be for one to be found. Kinds of which hardly any is found are taken
+    to be as frequent as is typical of the others.
 
     Args:
         seen: what a model takes the suspects for, int ``(S,)``.
         given: the labels that they bear, int ``(S,)``.
-        found: share of rows that are found, by what they are seen as and the label they bear, ``(classes, classes)``.
-        labels: of all rows, int ``(N,)``; two classes at least.
+        taken_for: what it takes the canaries for, int ``(K,)``.
+        found: whether a canary would be a suspect, by the label that it bore, bool ``(K, classes)``.
+        labels: the canaries' own, int ``(K,)``; two classes at least.
+        draws: labels a canary.
         seed: of what is drawn.
 
     Returns:
-        int64 ``(N,)``, nowhere a row's own label. One in twenty is any wrong label, whatever the suspects bear.
+        int64 ``(draws, K)``, nowhere a row's own label.
 
     Reference:
         Horvitz and Thompson, "A Generalization of Sampling Without Replacement from a Finite Universe", 1952.
     """
-    classes = len(found)
-    counts, other = np.zeros((classes, classes)), 1.0 - np.eye(classes)
+    classes = found.shape[1]
+    other = ~np.eye(classes, dtype=bool)
+    counts, members = np.zeros((classes, classes)), np.zeros((classes, 1))
+    share = np.zeros((classes, classes))
     np.add.at(counts, (seen, given), 1.0)
-    counts, anything = counts * other / np.maximum(found, LEAST_FOUND), other / (classes - 1)
-    total = counts.sum(1, keepdims=True)
-    chances = np.where(total > 0, ANY_LABEL * anything + (1 - ANY_LABEL) * counts / np.maximum(total, 1), anything)
-    reached = chances.cumsum(1)[labels] > np.random.default_rng(seed).random((len(labels), 1))
-    reached[:, -1] |= ~reached.any(1)  # where rounding left a sum just below 1
-    drawn = reached.argmax(1)
-    return np.where(drawn == labels, (labels + 1) % classes, drawn)
+    np.add.at(members, taken_for, 1.0)
+    np.add.at(share, taken_for, found.astype(float))
+    share = share / np.maximum(members, 1) * other
+    observable = share >= OBSERVABLE
+    rates = counts / np.maximum(share, OBSERVABLE)
+    anywhere = np.median(rates[observable]) if observable.any() else 0.0
+    typical = np.array([[np.median(r[o]) if o.sum() > 2 else anywhere] for r, o in zip(rates, observable, strict=True)])
+    chances = (counts + PRIOR * typical) / (share + PRIOR) * other
+    total = chances.sum(1, keepdims=True)
+    chances = np.where(total > 0, chances / np.maximum(total, 1e-300), other / (classes - 1))
+    rng, every = np.random.default_rng(seed), []
+    for _ in range(draws):
+        reached = chances.cumsum(1)[labels] > rng.random((len(labels), 1))
+        reached[:, -1] |= ~reached.any(1)  # where rounding left a sum just below 1
+        drawn = reached.argmax(1)
+        every.append(np.where(drawn == labels, (labels + 1) % classes, drawn))
+    return np.stack(every)
 
 
 def confirmed(verdict: Verdict, reference: Verdict, margins: np.ndarray) -> Verdict:

@@ -297,23 +297,36 @@ def test_what_a_model_agrees_with_that_did_not_learn_it_is_not_flagged():
 @settings(max_examples=100, deadline=None)
 def test_labels_that_are_drawn_are_wrong_ones(seed, classes, suspects):
     rng = np.random.default_rng(seed)
-    seen, given_, labels = (rng.integers(0, classes, n) for n in (suspects, suspects, 200))
-    found = rng.random((classes, classes))
-    drawn = labels_like(seen, given_, found, labels, seed)
+    seen, given_ = (rng.integers(0, classes, suspects) for _ in range(2))
+    taken_for, labels = (rng.integers(0, classes, 50) for _ in range(2))
+    found = rng.random((50, classes)) < rng.random()
+    drawn = labels_like(seen, given_, taken_for, found, labels, draws=3, seed=seed)
+    assert drawn.shape == (3, 50)
     assert ((drawn >= 0) & (drawn < classes) & (drawn != labels)).all()
-    assert (drawn == labels_like(seen, given_, found, labels, seed)).all()
+    assert (drawn == labels_like(seen, given_, taken_for, found, labels, draws=3, seed=seed)).all()
+
+
+CANARIES = np.arange(5000) % 5
 
 
 def test_labels_are_drawn_as_the_suspects_bear_them():
-    labels = np.arange(5000) % 5
     seen = np.arange(100) % 3
-    drawn = labels_like(seen, (seen + 1) % 5, np.ones((5, 5)), labels, 0)
-    assert (drawn == (labels + 1) % 5)[labels < 3].mean() == pytest.approx(0.9625, abs=0.02)
-    assert (drawn == (labels + 1) % 5)[labels >= 3].mean() == pytest.approx(0.25, abs=0.03)
+    all_found = np.ones((5000, 5), dtype=bool)
+    drawn = labels_like(seen, (seen + 1) % 5, CANARIES, all_found, CANARIES, draws=2, seed=0)
+    next_one = drawn == (CANARIES + 1) % 5
+    assert next_one[:, CANARIES < 3].all()
+    assert next_one[:, CANARIES >= 3].mean() == pytest.approx(0.25, abs=0.03)  # nothing is known of them
 
 
 def test_suspects_that_are_seldom_found_count_for_more():
-    found = np.where(np.arange(5) == 1, 0.2, 0.8) * np.ones((5, 1))  # whoever bears the label 1 is found seldom
-    given_ = np.repeat([1, 2, 3, 4], [20, 80, 80, 80])  # of equally many each
-    drawn = labels_like(np.zeros(260, dtype=int), given_, found, np.zeros(20_000, dtype=int), 0)
-    assert np.bincount(drawn, minlength=5)[1:] / 20_000 == pytest.approx(0.25, abs=0.02)
+    found = np.random.default_rng(0).random((5000, 5)) < np.where(np.arange(5) == 1, 0.4, 0.8)
+    given_ = np.repeat([1, 2, 3, 4], [40, 80, 80, 80])  # of equally many each
+    drawn = labels_like(np.zeros(280, dtype=int), given_, CANARIES, found, CANARIES, draws=8, seed=0)
+    assert np.bincount(drawn[:, CANARIES == 0].ravel(), minlength=5)[1:] / 8000 == pytest.approx(0.25, abs=0.03)
+
+
+def test_wrong_labels_that_are_never_found_are_as_frequent_as_the_others():
+    found = np.broadcast_to(np.arange(5) != 4, (5000, 5))
+    given_ = np.repeat([1, 2, 3], 100)
+    drawn = labels_like(np.zeros(300, dtype=int), given_, CANARIES, found, CANARIES, draws=8, seed=0)
+    assert np.bincount(drawn[:, CANARIES == 0].ravel(), minlength=5)[1:] / 8000 == pytest.approx(0.25, abs=0.03)
