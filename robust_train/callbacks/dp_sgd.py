@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -171,6 +171,7 @@ class DPSGD(Callback):
         self._resumed = False
         self._run: _Run | None = None
         self._undo = ExitStack()
+        self._watched_by: list[StepWatch] = []
 
     def settings(self) -> dict[str, Any]:
         names = (
@@ -335,11 +336,15 @@ class DPSGD(Callback):
             )
         sigma = self._ledger.spend()
         total = torch.cat([g.flatten() for g in run.total])
+        for watch in self._watched_by:
+            watch.before_noise(total, self._ledger.planned.sample_rate)
         if sigma > 0 and trainer.is_global_zero:
             noise = run.entropy.gaussian(len(total), total.device, self.secure_mode)
             total += (sigma * self.max_grad_norm) * noise.to(total.dtype)
         if trainer.world_size > 1:
             torch.distributed.all_reduce(total)
+        for watch in self._watched_by:
+            watch.after_noise(total, sigma, self._ledger.planned.sample_rate)
         total /= self._ledger.expected_batch_size
         for p, g in zip(run.parameters, total.split([p.numel() for p in run.parameters]), strict=True):
             if p.grad is None:
@@ -388,6 +393,15 @@ class DPSGD(Callback):
             if self._run is not None and self._run.engine is not None:
                 stack.enter_context(self._run.engine.paused())
             yield
+
+    @contextmanager
+    def watched(self, watch: StepWatch) -> Iterator[None]:
+        """Inside, ``watch`` is shown the sum of clipped gradients of each step, before and after the noise."""
+        self._watched_by.append(watch)
+        try:
+            yield
+        finally:
+            self._watched_by.remove(watch)
 
     @property
     def history(self) -> list[Segment]:
@@ -473,6 +487,16 @@ class DPSGD(Callback):
         self._undo.close()
         self._ledger.close()
         self._run = None
+
+
+class StepWatch(Protocol):
+    """Looks on while a step becomes private; for audits."""
+
+    def before_noise(self, total: Tensor, sample_rate: float) -> None:
+        """The sum of this process's clipped gradients, flat, without noise. What is added to it gets the noise too."""
+
+    def after_noise(self, total: Tensor, noise_multiplier: float, sample_rate: float) -> None:
+        """The sum over all processes, flat, with noise; and what the accounting takes the step for."""
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""How members are told from non-members: one file a method."""
