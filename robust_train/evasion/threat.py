@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NORMS = ("linf", "l2", "l1")
+NORMS = ("linf", "l2", "l1", "l0")
 
 
 def parse_number(name: str, value: Any) -> float:
@@ -68,8 +68,10 @@ class Threat:
     Sequences run along dimension 1 of a batch: channels of ``(B, C, H, W)``, features of ``(B, D)``.
 
     Args:
-        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
-        eps: radius of the ball, >= 0; a number or a fraction such as ``"8/255"``.
+        norm: ``"linf"``, ``"l2"``, ``"l1"`` or ``"l0"``.
+        eps: radius of the ball, >= 0; a number or a fraction such as ``"8/255"``. For L0 a whole number: how many
+            positions may change. A pixel of ``(B, C, H, W)`` counts as one with all its channels, a feature of
+            ``(B, D)`` too.
         low: smallest legal input value; a number, or one a feature; ``-inf`` for none.
         high: largest legal input value, likewise.
         mean: what the data pipeline subtracted, or None; a number or one a channel.
@@ -106,6 +108,8 @@ class Threat:
             object.__setattr__(self, name, value)
         if not (math.isfinite(self.radius) and self.radius >= 0):
             raise ValueError(f"threat.eps must be >= 0 and finite, got {self.eps}")
+        if self.norm == "l0" and not self.radius.is_integer():
+            raise ValueError(f"threat.eps must be a whole number of positions for norm l0, got {self.eps}")
         if parsed["low"] is None or parsed["high"] is None:
             raise ValueError("threat.low and threat.high must be numbers; for unbounded inputs give -inf and inf")
         low, high = torch.tensor(self.low), torch.tensor(self.high)
@@ -128,12 +132,13 @@ class Threat:
         return float(self.eps)
 
     def scaled(self, factor: float) -> Threat:
-        """The same threat with ``eps`` multiplied by ``factor``."""
-        return replace(self, eps=self.radius * factor)
+        """The same threat with ``eps`` multiplied by ``factor``; for L0 rounded down to a whole number."""
+        radius = self.radius * factor
+        return replace(self, eps=math.floor(radius + 1e-9) if self.norm == "l0" else radius)
 
     def describe(self) -> str:
         """One line for logs: ``Linf ball of radius 0.2 in [0, 1]``."""
-        norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[self.norm]
+        norm = {"linf": "Linf", "l2": "L2", "l1": "L1", "l0": "L0"}[self.norm]
         mapped = "" if self.mean is None else f", data normalised by mean {self.mean} and std {self.std}"
         masked = "" if self.mutable is None else f", {sum(self.mutable)} of {len(self.mutable)} features mutable"
         return f"{norm} ball of radius {self.radius:.6g} in [{self.low}, {self.high}]{mapped}{masked}"
@@ -191,7 +196,8 @@ class Threat:
 
         Returns:
             Tensor of the same shape, inside ball and box up to rounding. The L1 projection onto ball and box together
-            is exact (bisection on its multiplier); for L2 the ball comes first, then the box, as is usual.
+            is exact (bisection on its multiplier); so is that of L0, which keeps the positions that bring it nearest;
+            for L2 the ball comes first, then the box, as is usual.
 
         Reference:
             Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, section 2.1;
@@ -201,6 +207,10 @@ class Threat:
         if self.norm == "linf":
             return torch.clamp(x_adv, low, high)
         std = self.scale(x)
+        if self.norm == "l0":
+            inside = torch.clamp(x_adv, low, high)
+            gain = ((x_adv - x) * std).square() - ((x_adv - inside) * std).square()
+            return torch.where(_largest(gain, int(self.radius)), inside, x)
         delta = (x_adv - x) * std
         if self.norm == "l2":
             size = _norm_over_examples(delta, 2)
@@ -220,15 +230,19 @@ class Threat:
         Returns:
             Tensor of ``x``'s shape and dtype (see the class's Guarantees).
         """
-        wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-        x_wide, clean = x_adv.detach().to(wide), x.to(wide)
-        target = self.project(torch.where(torch.isfinite(x_wide), x_wide, clean), clean)
-        out = target.to(x.dtype)
-        too_far = (out.to(wide) - clean).abs() > (target - clean).abs()
-        return torch.where(too_far, torch.nextafter(out, x), out)
+        found, clean = _wide(x_adv, x)
+        return _rounded(self.project(found, clean), x, clean)
+
+    def enclose_in_box(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """The same for the box alone, whatever the ball: for attacks with limits of their own."""
+        found, clean = _wide(x_adv, x)
+        return _rounded(torch.clamp(found, *self.box(clean)), x, clean)
 
     def random_start(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Inputs drawn uniformly from the ball around ``x``, then moved into the box.
+
+        For L0: positions drawn at random, with values drawn uniformly from the box, or within 1 of the clean ones where
+        it has no end.
 
         Args:
             x: clean inputs ``(B, ...)``.
@@ -238,6 +252,13 @@ class Threat:
             Tensor of ``x``'s shape.
         """
         kind = {"dtype": x.dtype, "device": generator.device}
+        if self.norm == "l0":
+            low, high = self.box(x)
+            reach = 1 / self.scale(x)
+            low, high = torch.where(low.isinf(), x - reach, low), torch.where(high.isinf(), x + reach, high)
+            values = low + (high - low) * torch.rand(x.shape, generator=generator, **kind).to(x.device)
+            order = torch.rand(positions(x).shape, generator=generator, device=generator.device).to(x.device)
+            return torch.where(_largest(order, int(self.radius)), values, x)
         if self.norm == "linf":
             unit = torch.rand(x.shape, generator=generator, **kind) * 2 - 1
         elif self.norm == "l2":
@@ -253,7 +274,7 @@ class Threat:
         return self.project(x + unit.to(x.device) * (self.radius / self.scale(x)), x)
 
     def ascend(self, grad: Tensor, step_size: float) -> Tensor:
-        """A step of length ``step_size`` (pixels) that increases the loss, for a gradient in model space.
+        """A step of length ``step_size`` (pixels) that increases the loss, for a gradient in model space; not for L0.
 
         Args:
             grad: gradient of the loss to be increased ``(B, ...)``.
@@ -279,7 +300,9 @@ class Threat:
     # --- measuring and checking -----------------------------------------------------------------------------------
 
     def size(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Norm of each example's perturbation in pixels, float64, shape ``(B,)``."""
+        """Norm of each example's perturbation in pixels, float64, shape ``(B,)``; for L0 the positions that differ."""
+        if self.norm == "l0":
+            return (positions((x_adv != x).double()) > 0).reshape(len(x), -1).sum(1).double()
         delta = (x_adv.double() - x.double()) * self.scale(x.double())
         order = {"linf": math.inf, "l2": 2.0, "l1": 1.0}[self.norm]
         return torch.linalg.vector_norm(delta.reshape(len(x), -1), ord=order, dim=1)
@@ -294,7 +317,8 @@ class Threat:
         if not x.is_floating_point():
             raise TypeError(
                 f"{where} holds {x.dtype}, and only floating-point inputs can be perturbed. Convert it in the data "
-                'pipeline (for example image.float() / 255), or name another input with inputs="…".'
+                'pipeline (for example image.float() / 255), or name another input with inputs="…"; for token ids name '
+                'the embedding with layer="…", whose output is perturbed instead.'
             )
         pixels = self.to_pixels(x.detach())
         low, high = self._vector(self.low, pixels), self._vector(self.high, pixels)
@@ -308,11 +332,39 @@ class Threat:
             else:
                 cure = (
                     "if the data pipeline normalises, give its numbers as threat.mean=… and threat.std=…; "
-                    "if inputs really live elsewhere, set threat.low=… and threat.high=…"
+                    "if inputs really live elsewhere, set threat.low=… and threat.high=…; embeddings have no bounds: "
+                    "threat.low=-.inf threat.high=.inf"
                 )
             raise ValueError(
                 f"{where} has values in {found}, outside threat.low={self.low} and threat.high={self.high}: {cure}."
             )
+
+
+def _wide(x_adv: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float64, what is not a number in ``x_adv`` replaced by ``x``."""
+    wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+    found, clean = x_adv.detach().to(wide), x.to(wide)
+    return torch.where(torch.isfinite(found), found, clean), clean
+
+
+def _rounded(target: Tensor, x: Tensor, clean: Tensor) -> Tensor:
+    """``target`` in the dtype of ``x``, rounded towards it; ``clean`` is ``x`` in the dtype of ``target``."""
+    out = target.to(x.dtype)
+    too_far = (out.to(clean.dtype) - clean).abs() > (target - clean).abs()
+    return torch.where(too_far, torch.nextafter(out, x), out)
+
+
+def positions(x: Tensor) -> Tensor:
+    """Sums over the channels of each position: ``(B, C, ...)`` to ``(B, 1, ...)``, ``(B, D)`` as it is."""
+    return x.sum(1, keepdim=True) if x.ndim > 2 else x
+
+
+def _largest(worth: Tensor, count: int) -> Tensor:
+    """A mask over the ``count`` positions of each example that are worth most, to broadcast against ``(B, C, ...)``."""
+    each = positions(worth)
+    flat = each.reshape(len(each), -1)
+    best = flat.topk(min(count, flat.shape[1]), dim=1).indices
+    return torch.zeros_like(flat, dtype=torch.bool).scatter(1, best, True).view_as(each)
 
 
 def _project_l1(delta: Tensor, room: Tensor, eps: float, iterations: int = 40) -> Tensor:

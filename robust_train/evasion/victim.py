@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robust_train.evasion.gradients import LOWER, START, Harvest, LossScale, any_in_row, is_half, unscaled
 from robust_train.evasion.randomness import seed_global_rng
 
 
@@ -19,15 +21,20 @@ class Victim(ABC):
     Attributes:
         labels: labels of the batch, or None where the task has none.
         stop_when_fooled: the attack is for a verdict only, so examples that are fooled may leave it at once.
-        gradient_scale: factor on the loss while it is differentiated, against gradients that underflow in fp16.
+        gradient_scale: factor on the loss to begin with while it is differentiated, a power of two, against gradients
+            that underflow in fp16; see ``input_gradient``.
+        found_scale: the factor that has turned out to work, once one has been tried.
         gradients: where a list stands, each gradient adds whether it has an entry that is not zero.
+        harvest: where one stands, each gradient in the input adds those in the parameters.
         provides: which of ``"loss"``, ``"per_example_loss"``, ``"logits"`` and ``"labels"`` can be had.
     """
 
     labels: Tensor | None = None
     stop_when_fooled: bool = False
     gradient_scale: float = 1.0
+    found_scale: LossScale | None = None
     gradients: list[Tensor] | None = None
+    harvest: Harvest | None = None
     provides: frozenset[str] = frozenset({"loss"})
 
     @abstractmethod
@@ -58,6 +65,14 @@ class Victim(ABC):
     def relabelled(self, labels: Tensor) -> Victim:
         """The same victim with other labels, for targeted attacks."""
         raise ValueError("this attack chooses its targets, and the model under attack has no labels")
+
+    def training(self) -> Victim:
+        """The same model as it is trained, with gradients to its parameters, for an objective's own part of the loss.
+
+        Raises:
+            ValueError: the victim is not being trained.
+        """
+        raise ValueError("this objective differentiates in the parameters, and the model under attack is not trained")
 
     def undisturbed(self) -> AbstractContextManager[None]:
         """Inside, the model may be called at will; afterwards it is as before."""
@@ -119,10 +134,15 @@ class ClassifierVictim(Victim):
         return classification_loss(logits, self.known_labels()), logits
 
     def take(self, index: Tensor) -> ClassifierVictim:
-        return ClassifierVictim(self.model, self.known_labels()[index], self.stop_when_fooled)
+        return self._with_labels(self.known_labels()[index])
 
     def relabelled(self, labels: Tensor) -> ClassifierVictim:
-        return ClassifierVictim(self.model, labels, self.stop_when_fooled)
+        return self._with_labels(labels)
+
+    def _with_labels(self, labels: Tensor) -> ClassifierVictim:
+        other = copy.copy(self)
+        other.labels = labels
+        return other
 
     def network(self) -> nn.Module:
         return self.model if isinstance(self.model, nn.Module) else super().network()
@@ -265,18 +285,60 @@ def _mean_over_positions(each: Tensor, known: Tensor | None, empty: float = 0.0)
 def input_gradient(victim: Victim, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradient of the victim's loss in its input, and nothing else: no parameter's ``.grad`` is written.
 
+    In fp16 the gradient of a mean over many examples is too small to be represented, and one that is scaled against
+    that may become too large. The loss is therefore differentiated times ``victim.gradient_scale``; where fp16 is at
+    work and nobody gave a factor, times 1024; where the gradient is not finite, times less. Examples that are left
+    without a gradient are given the one that a larger factor finds, if any does. What was found to work holds for the
+    victim's later gradients.
+
     Args:
         victim: what is under attack.
         x: where to differentiate ``(B, ...)``.
 
     Returns:
-        gradient ``(B, ...)`` with entries that are not finite replaced; the loss, detached; and, where
-        ``victim.stop_when_fooled``, the score of each example ``(B,)``, else None.
+        gradient ``(B, ...)`` of the loss itself, float32 where ``x`` is fp16, with entries that are not finite
+        replaced; the loss, detached; and, where ``victim.stop_when_fooled``, the score of each example ``(B,)``, else
+        None.
 
     Raises:
         ValueError: the loss does not depend on the input.
     """
     x = x.detach().requires_grad_(True)
+    found = _scale_of(victim)
+    loss, score, grad, others = _differentiated(victim, x, found.value)
+    if not found.fixed:
+        if not found.searched and found.value == 1.0 and is_half(x, loss):
+            found.value = START
+            loss, score, grad, others = _differentiated(victim, x, found.value)
+        while found.value > 1.0 and not bool(grad.isfinite().all()):
+            found.value = max(1.0, found.value / LOWER)
+            loss, score, grad, others = _differentiated(victim, x, found.value)
+    if victim.harvest is not None:
+        victim.harvest.add(loss, others, found.value)
+    grad = unscaled(grad, found.value)
+    if not found.fixed:
+        for factor in found.larger():
+            lost = ~any_in_row(grad != 0)
+            if not bool(lost.any()):
+                break
+            again = _differentiated(victim, x, factor)[2]
+            saved = lost & any_in_row(again != 0) & ~any_in_row(~again.isfinite())
+            if not bool(saved.any()):
+                break
+            grad = torch.where(saved.view(-1, *[1] * (x.ndim - 1)), unscaled(again, factor), grad)
+            found.note(factor, alone=bool(again.isfinite().all()))
+        found.searched = True
+    grad = torch.nan_to_num(grad)
+    if victim.gradients is not None:
+        victim.gradients.append(grad.any())
+    return grad, loss.detach(), score
+
+
+def _differentiated(
+    victim: Victim, x: Tensor, scale: float
+) -> tuple[Tensor, Tensor | None, Tensor, Sequence[Tensor | None]]:
+    """Loss, score, and the gradients of ``scale`` times the loss in ``x`` and in what is harvested."""
+    wanted = [] if victim.harvest is None else list(victim.harvest.parameters)
     score = None
     with torch.enable_grad():
         if victim.stop_when_fooled:
@@ -286,19 +348,18 @@ def input_gradient(victim: Victim, x: Tensor) -> tuple[Tensor, Tensor, Tensor | 
             loss = victim.loss(x)
         if not loss.requires_grad:
             raise ValueError(_NO_PATH)
-        total = loss.sum() if victim.gradient_scale == 1.0 else _scaled(loss.sum(), victim.gradient_scale)
-        (grad,) = torch.autograd.grad(total, x, allow_unused=True)
+        total = loss.sum() if scale == 1.0 else loss.float().sum() * scale
+        grad, *others = torch.autograd.grad(total, [x, *wanted], allow_unused=True)
     if grad is None:
         raise ValueError(_NO_PATH)
-    grad = torch.nan_to_num(grad)
-    if victim.gradients is not None:
-        victim.gradients.append(grad.any())
-    return grad, loss.detach(), score
+    return loss, score, grad, others
 
 
-def _scaled(loss: Tensor, scale: float) -> Tensor:
-    """``scale * loss`` in float32; a loss that is itself fp16 bears a smaller factor before its gradient overflows."""
-    return loss.float() * (min(scale, 2.0**10) if loss.dtype == torch.float16 else scale)
+def _scale_of(victim: Victim) -> LossScale:
+    """What was found for this victim; parts that are made of it later share it."""
+    if victim.found_scale is None:
+        victim.found_scale = LossScale(victim.gradient_scale)
+    return victim.found_scale
 
 
 _NO_PATH = (

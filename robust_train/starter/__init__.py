@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from .digits import Digits as Digits
     from .fashion_mnist import FashionMNIST as FashionMNIST
     from .mlp import MLP as MLP
+    from .python_docs import PythonDocs as PythonDocs
     from .small_cnn import SmallCNN as SmallCNN
     from .small_resnet import SmallResNet as SmallResNet
     from .tanh_cnn import TanhCNN as TanhCNN
+    from .text_cnn import TextCNN as TextCNN
     from .wavelets import WaveletFeatures as WaveletFeatures
     from .wavelets import WaveletLinear as WaveletLinear
 
@@ -24,9 +26,11 @@ _HOME = {
     "Digits": "digits",
     "FashionMNIST": "fashion_mnist",
     "MLP": "mlp",
+    "PythonDocs": "python_docs",
     "SmallCNN": "small_cnn",
     "SmallResNet": "small_resnet",
     "TanhCNN": "tanh_cnn",
+    "TextCNN": "text_cnn",
     "WaveletFeatures": "wavelets",
     "WaveletLinear": "wavelets",
 }

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import copy
 import random
+from functools import cache
+from tempfile import mkdtemp
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from robust_train import ClassifierVictim, Threat, UniformNoise
+from robust_train import ClassifierVictim, Threat, UniformNoise, save_universal
 from robust_train.config import build
 from robust_train.hydra_plugin import config_dir, register
 
 ATTACKS = sorted(path.stem for path in (config_dir("conf") / "attack").glob("*.yaml"))
-NORMS = ("linf", "l2", "l1")
-EPS = {"linf": 0.2, "l2": 1.0, "l1": 4.0}
+NORMS = ("linf", "l2", "l1", "l0")
+EPS = {"linf": 0.2, "l2": 1.0, "l1": 4.0, "l0": 6}
 FEWER = {  # what takes thousands of passes by default
     "apgd_targeted": ("targets=2",),
     "auto_attack": ("version=custom", "steps=10", "targets=2", "queries=30"),
     "fab": ("steps=10", "targets=2"),
+    "sparse_rs": ("queries=50",),
+    "spatial_grid": ("grid=[3,3]",),
     "square": ("queries=50",),
 }
 
@@ -31,11 +35,24 @@ def make(name: str):
     register()
     with initialize(version_base="1.3", config_path=None):
         mounts = "hydra.searchpath=[robust-train://,robust-train://robust_train]"
-        fewer = [f"attack.{setting}" for setting in FEWER.get(name, ())]
+        few = (f"path={universal()}",) if name == "universal" else FEWER.get(name, ())
+        fewer = [f"attack.{setting}" for setting in few]
         attack = build(compose(overrides=[mounts, f"+attack={name}", *fewer]).attack)
     if attack.family == "external":
         pytest.importorskip("torchattacks")
     return attack
+
+
+@cache
+def universal() -> str:
+    path = f"{mkdtemp()}/universal.safetensors"
+    save_universal(path, torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(4)) - 0.5, Threat(eps=0.5))
+    return path
+
+
+def usual(name: str) -> Threat:
+    """A threat that this attack works within."""
+    return Threat("l0", EPS["l0"]) if name == "sparse_rs" else Threat(eps=0.2)
 
 
 def run(attack, net, x, labels, threat, seed=0):
@@ -102,7 +119,7 @@ def test_leaves_no_trace_after_an_exception(name, net, images, labels):
             return out
 
     def attack(model):
-        make(name)(ClassifierVictim(model, labels), images, Threat(eps=0.2), torch.Generator().manual_seed(0))
+        make(name)(ClassifierVictim(model, labels), images, usual(name), torch.Generator().manual_seed(0))
 
     attack(whole := Model(last=None).train())
     if whole.calls == 0:
@@ -122,7 +139,7 @@ def test_eps_zero_returns_x(name, norm, net, images, labels):
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_batch_of_one(name, net, images, labels):
-    assert run(make(name), net, images[:1], labels[:1], Threat(eps=0.2)).shape == (1, 1, 8, 8)
+    assert run(make(name), net, images[:1], labels[:1], usual(name)).shape == (1, 1, 8, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -133,7 +150,8 @@ def test_stays_inside_ball_and_box(name, norm, dtype, net, images, labels):
     x = images.to(dtype)
     out = run(attack, net.to(dtype), x, labels, threat)
     assert out.dtype == dtype
-    assert bool((threat.size(out, x) <= attack.reach * threat.eps * (1 + 1e-6)).all())
+    if attack.limits is None:
+        assert bool((threat.size(out, x) <= attack.reach * threat.eps * (1 + 1e-6)).all())
     assert float(out.min()) >= 0
     assert float(out.max()) <= 1
 
@@ -213,7 +231,7 @@ def test_no_parameter_gradient_is_computed(net, images, labels):
     for p in net.parameters():
         p.register_hook(lambda g: touched.append(1))
     for name in ATTACKS:
-        run(make(name), net, images, labels, Threat(eps=0.2))
+        run(make(name), net, images, labels, usual(name))
     assert not touched
     assert all(p.grad is None for p in net.parameters())
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra import compose, initialize
 
 from robust_train import PGD, PGDAT, TRADES, AttackSuccessRate, RobustAccuracy, Threat, UniformNoise, evaluate
 from robust_train.config import build
 from robust_train.evasion.objectives.trades import prediction_divergence
 from robust_train.evasion.victim import as_logits, classification_loss, correctness, is_classification
-from robust_train.hydra_plugin import config_dir
+from robust_train.hydra_plugin import config_dir, register
 
 OBJECTIVES = sorted((config_dir("conf") / "objective").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", OBJECTIVES, ids=lambda p: p.stem)
 def test_objective_contract(path):
-    from omegaconf import OmegaConf
-
-    objective = build(OmegaConf.load(path))
+    register()
+    with initialize(config_path=None, version_base="1.3"):
+        mounts = "hydra.searchpath=[robust-train://,robust-train://robust_train]"
+        objective = build(compose(overrides=[mounts, f"+objective={path.stem}"]).objective)
     assert objective.trains_on in ("adversarial", "clean")
     assert 0 <= objective.own_weight <= 1
     assert objective.extra_passes >= 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_train.evasion.attacks.base import Attack
-from robust_train.evasion.threat import Threat
+from robust_train.evasion.threat import NORMS, Threat
 from robust_train.evasion.victim import Victim
 
 
@@ -160,6 +160,12 @@ class BPDA(Attack):
         object.__setattr__(self, "modules", tuple(self.modules))
         if not self.modules or not all(isinstance(name, str) and name for name in self.modules):
             raise ValueError(f"bpda.modules must hold names of submodules, got {self.modules!r}")
+
+    works_in: ClassVar[tuple[str, ...]] = NORMS  # the attack within says which
+
+    @property
+    def limits(self) -> str | None:
+        return self.attack.limits
 
     @property
     def needs(self) -> frozenset[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robust_train.evasion.attacks._checks import check_counts
 from robust_train.evasion.attacks.base import Attack
-from robust_train.evasion.threat import Threat
+from robust_train.evasion.threat import NORMS, Threat
 from robust_train.evasion.victim import Victim
 from robust_train.evasion.wrapped import WrappedVictim
 
@@ -71,6 +71,12 @@ class EOT(Attack):
         if not isinstance(self.attack, Attack):
             raise TypeError(f"eot.attack must be an attack, got {self.attack!r}")
         check_counts("eot", samples=self.samples)
+
+    works_in: ClassVar[tuple[str, ...]] = NORMS  # the attack within says which
+
+    @property
+    def limits(self) -> str | None:
+        return self.attack.limits
 
     @property
     def needs(self) -> frozenset[str]:

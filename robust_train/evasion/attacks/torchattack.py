@@ -130,6 +130,7 @@ class TorchAttack(Attack):
         return float(steps) * float(self.settings.get("n_restarts", 1))
 
     def check(self, threat: Threat) -> None:
+        super().check(threat)
         _range(threat)
         accepted = inspect.signature(self._attack_class().__init__).parameters
         if "norm" in accepted and threat.norm == "l1":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_train.evasion.attacks.base import Attack
-from robust_train.evasion.threat import Threat
+from robust_train.evasion.threat import NORMS, Threat
 from robust_train.evasion.victim import ClassifierVictim, Victim
 
 
@@ -107,6 +107,12 @@ class Transfer(Attack):
             surrogate = copy.deepcopy(surrogate)
             load_weights(surrogate, self.weights)
             object.__setattr__(self, "surrogate", surrogate)
+
+    works_in: ClassVar[tuple[str, ...]] = NORMS  # the attack within says which
+
+    @property
+    def limits(self) -> str | None:
+        return self.attack.limits
 
     @property
     def needs(self) -> frozenset[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robust_train.evasion.attacks._checks import check_counts
 from robust_train.evasion.attacks.base import Attack, working_precision
-from robust_train.evasion.threat import Threat
+from robust_train.evasion.threat import NORMS, Threat
 from robust_train.evasion.victim import Victim
 
 
@@ -54,6 +54,7 @@ class UniformNoise(Attack):
     """
 
     family: ClassVar[str] = "noise"
+    works_in: ClassVar[tuple[str, ...]] = NORMS
 
     draws: int = 1
 

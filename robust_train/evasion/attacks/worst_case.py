@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robust_train.evasion.attacks.base import Attack
-from robust_train.evasion.threat import Threat
+from robust_train.evasion.threat import NORMS, Threat
 from robust_train.evasion.victim import Victim
 
 
@@ -80,6 +80,14 @@ class WorstCase(Attack):
     def members(self) -> tuple[Attack, ...]:
         """The attacks in the order in which they run."""
         return tuple(self.attacks)  # type: ignore[arg-type]
+
+    works_in: ClassVar[tuple[str, ...]] = NORMS  # its members say which
+
+    @property
+    def limits(self) -> str | None:
+        own = [attack.limits for attack in self.members if attack.limits is not None]
+        rest = ["or the ball"] if own and len(own) < len(self.members) else []
+        return "; ".join([*own, *rest]) or None
 
     @property
     def needs(self) -> frozenset[str]:
