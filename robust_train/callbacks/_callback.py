@@ -29,9 +29,11 @@ class Callback(_Base):
 
     Attributes:
         defends: it changes what is trained; an undefended twin of the run goes without it.
+        at_test: it belongs to the trained model, or measures it: whoever judges the model afterwards needs it beside.
     """
 
     defends: ClassVar[bool] = False
+    at_test: ClassVar[bool] = False
 
     def settings(self) -> dict[str, Any]:
         """What was asked for, as plain builtins."""
@@ -44,6 +46,11 @@ class Callback(_Base):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as plain builtins; ``load_state_dict`` receives it."""
         return {"settings": self.settings()}
+
+    @contextmanager
+    def serving(self, module: Any) -> Iterator[None]:
+        """Inside, the trained module may be called outside of a Trainer, as it is meant to be used."""
+        yield
 
     @contextmanager
     def paused(self) -> Iterator[None]:

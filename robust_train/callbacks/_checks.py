@@ -24,6 +24,19 @@ def check_places(callback: str, **settings: Any) -> None:
             raise ValueError(f"{callback}.{name} must be an index, a name or a dotted path, or null, got {value!r}")
 
 
+def check_one_place(callback: str, inputs: Any, layer: Any) -> None:
+    """Refuse two answers to the question what is attacked.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if inputs is not None and layer is not None:
+        raise ValueError(
+            f"{callback}.inputs and {callback}.layer: either a part of the batch is attacked or the output of a layer; "
+            "leave one of them out"
+        )
+
+
 def check_name(callback: str, name: Any) -> None:
     """Refuse what is no text, which may be empty.
 
@@ -65,3 +78,19 @@ def check_counts(callback: str, least: int, **settings: Any) -> None:
     for name, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
             raise ValueError(f"{callback}.{name} must be a whole number >= {least}, got {value!r}")
+
+
+def refuse_beside(trainer: Any, other: str, who: str, why: str) -> None:
+    """Refuse a callback of ours in the same Trainer.
+
+    Args:
+        trainer: whose callbacks.
+        other: the other one's class, by name, so that nothing has to be imported for it.
+        who: the one that refuses.
+        why: what is wrong, and what to do instead.
+
+    Raises:
+        ValueError: it is there.
+    """
+    if any(cls.__name__ == other for callback in trainer.callbacks for cls in type(callback).__mro__):
+        raise ValueError(f"{who} cannot stand beside {other}: {why}")

@@ -373,8 +373,9 @@ class Judge:
         by_label = [-margin(held_out, torch.full((len(held_out),), label)) for label in range(rows.classes)]
         as_sure = (torch.stack(by_label, 1) > misled_margins.median()).numpy()
         seen = reference.argmax(1).numpy()
+        draws = min(DRAWS, rows.classes - 1)  # with two classes there is one wrong label
         alike = labels_like(
-            seen[sure], own[sure], seen[canary], as_sure, own[canary], draws=DRAWS, seed=self._probe.seed
+            seen[sure], own[sure], seen[canary], as_sure, own[canary], draws=draws, seed=self._probe.seed
         )
         every = []
         for labels in alike:

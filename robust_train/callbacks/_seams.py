@@ -190,6 +190,27 @@ def on_call(
         yield
 
 
+@contextmanager
+def output_changed(module: nn.Module, change: Callable[[tuple[Any, ...], Any], Any]) -> Iterator[None]:
+    """Each call of ``module`` returns ``change(arguments, output)``; compiled modules as in ``on_call``."""
+    compiled = module._compiled_call_impl
+    if compiled is None:
+        handle = module.register_forward_hook(lambda m, args, output: change(args, output))
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    with patched(module, _compiled_call_impl=lambda *args, **kwargs: change(args, compiled(*args, **kwargs))):
+        yield
+
+
+def checkpointing() -> bool:
+    """Whether what runs now runs in activation checkpointing, which runs it again in the backward pass."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
+    return hooks is not None and "checkpoint" in hooks[0].__qualname__
+
+
 def uncompiled_modules(root: nn.Module) -> Iterator[nn.Module]:
     """``root`` and what lies below it, down to modules that are compiled: hooks further inside would recompile them."""
     yield root
@@ -224,16 +245,27 @@ def wrap_training_step(module: Any, wrapper: Callable[..., Any]) -> Callable[[],
 
 
 @contextmanager
-def before_backward(module: Any, total: Callable[[Tensor, bool], Tensor]) -> Iterator[None]:
-    """In manual optimization: ``total(loss, first)`` is what ``manual_backward(loss)`` backpropagates."""
+def before_backward(
+    module: Any, total: Callable[[Tensor, bool], Tensor], then: Callable[[], Any] = _nothing
+) -> Iterator[None]:
+    """In manual optimization: ``manual_backward(loss)`` backpropagates ``total(loss, first)`` and calls ``then()``."""
     backward, calls = module.manual_backward, []
 
     def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         calls.append(loss)
         backward(total(loss, len(calls) == 1), *args, **kwargs)
+        then()
 
     with patched(module, manual_backward=manual_backward):
         yield
+
+
+def own_step(module: Any) -> Callable[..., Any]:
+    """The training step as the user wrote it, below what our callbacks put around it."""
+    step = module.__dict__.get("training_step", module.training_step)
+    while isinstance(step, FunctionType) and "__wrapped__" in step.__dict__:  # see wrap_training_step
+        step = step.__dict__["__wrapped__"]
+    return step
 
 
 def takes_iterator(module: Any) -> bool:
@@ -328,8 +360,8 @@ def exchange_train_loader(trainer: Any, exchange: Callable[[Any], Any], order: i
 def train_loader_before(trainer: Any, order: float = float("inf")) -> Any:
     """What ``train_dataloader()`` returns, after the exchanges that come before ``order``."""
     source = trainer.fit_loop._data_source
-    loaders = source.request()
-    for at, exchange in source.exchanges:
+    loaders = source.__dict__.get("request", source.dataloader)()
+    for at, exchange in source.__dict__.get("exchanges", ()):
         if at < order:
             loaders = exchange(loaders)
     return loaders
@@ -477,9 +509,10 @@ def exchange_prepared_loader(trainer: Any, exchange: Callable[[Any], Any]) -> Ca
     is too early or too late.
     """
     fit_loop, strategy = trainer.fit_loop, trainer.strategy
-    setup_data, process = fit_loop.setup_data, strategy.process_dataloader
+    setup_data = fit_loop.setup_data
 
     def setup_data_exchanging() -> None:
+        process = strategy.process_dataloader  # another exchange may have been put around it
         with patched(strategy, process_dataloader=lambda loader: exchange(process(loader))):
             setup_data()
 
@@ -523,7 +556,8 @@ def detached_copy(module: Any, memo: dict[int, Any]) -> Any:
         memo: of ``copy.deepcopy``, filled here: what became of which object.
     """
     compiled = module.__dict__.get("_compiler_ctx") is not None
-    with patched(module, _trainer=None, _fabric=None, _compiler_ctx=None):
+    # _metric_attributes: Lightning's notes on which metric is which, by identity
+    with patched(module, _trainer=None, _fabric=None, _compiler_ctx=None, _metric_attributes=None):
         new = copy.deepcopy(module, memo)
     step = own = module.__dict__.get("training_step")
     while isinstance(own, FunctionType) and "__wrapped__" in own.__dict__:  # see wrap_training_step

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from robust_train.callbacks._batch import Path, fresh, get, replaced, take
+from robust_train.callbacks._batch import Path, fresh, get, replaced, take, write_back
 from robust_train.callbacks._sandbox import Sandbox
 from robust_train.callbacks._seams import LogitsReached, backpropagated, on_call, uncompiled_modules
+from robust_train.evasion.gradients import LossScale
+from robust_train.evasion.threat import Threat
 from robust_train.evasion.victim import Victim, as_logits, classification_loss, is_classification
 
 LOGITS_KEYS = ("logits", "out")  # where libraries put them when a model returns more than a tensor
@@ -57,6 +59,8 @@ class Layout:
         candidates: where labels may lie, the likeliest first, while it is not known.
         logits_module: the submodule whose output are the logits, or None where they are not needed or not known.
         logits_call: which of its calls within one step returns them, counted from 0.
+        layer: the submodule whose output is attacked instead of the batch's input, or None.
+        layer_name: its name, for messages.
     """
 
     input_path: Path
@@ -64,6 +68,8 @@ class Layout:
     logits_module: nn.Module | None = None
     logits_call: int = 0
     candidates: tuple[Path, ...] = ()
+    layer: nn.Module | None = None
+    layer_name: str = ""
 
     @contextmanager
     def watched(self, seen: Callable[[Tensor], None]) -> Iterator[None]:
@@ -112,6 +118,7 @@ class StepVictim(Victim):
     ) -> None:
         self._module, self._step, self.batch, self._sandbox = module, step, batch, sandbox
         self.layout, self._mode, self._own_loss, self.gradient_scale = layout, mode, own_loss, gradient_scale
+        self.found_scale = LossScale(gradient_scale, fixed=_among_others())
         self.labels = None if layout.labels_path is None else get(batch, layout.labels_path)
         self.stop_when_fooled = stop_when_fooled
         provides = {"loss"}
@@ -130,12 +137,29 @@ class StepVictim(Victim):
     def loss(self, x: Tensor) -> Tensor:
         return self._own(x) if self._own_loss else self.loss_and_logits(x)[0]
 
+    def clean(self) -> Tensor:
+        """The inputs ``(B, ...)`` that are attacked, as they are without an attack."""
+        return get(self.batch, self.layout.input_path)
+
+    def within(self, threat: Threat) -> Threat:
+        """The threat as it holds for this batch."""
+        return threat
+
+    @contextmanager
+    def trained_on(self, x: Tensor) -> Iterator[Any]:
+        """For the real call: the batch with ``x`` in it; what the step writes into the batch reaches the user's own."""
+        batch = replaced(self.batch, self.layout.input_path, x)
+        try:
+            yield batch
+        finally:
+            write_back(self.batch, batch, self.layout.input_path, x)
+
     def output(self, x: Tensor) -> Any:
         """Whatever the step returns."""
 
         def call() -> Any:
-            with backpropagated(self._module):
-                return self._step(self._batch_with(x))
+            with backpropagated(self._module), self._sent(x) as batch:
+                return self._step(batch)
 
         return self._called(call)
 
@@ -149,8 +173,8 @@ class StepVictim(Victim):
 
         def call() -> Tensor:
             try:
-                with self.layout.watched(cut), backpropagated(self._module):
-                    output = self._step(self._batch_with(x))
+                with self.layout.watched(cut), backpropagated(self._module), self._sent(x) as batch:
+                    output = self._step(batch)
             except LogitsReached as reached:
                 return reached.logits
             if loss_of(output) is None:
@@ -167,8 +191,7 @@ class StepVictim(Victim):
         return (self._own(x) if self._own_loss else classification_loss(logits, self.known_labels())), logits
 
     def take(self, index: Tensor) -> StepVictim:
-        size = len(get(self.batch, self.layout.input_path))
-        return self._with_batch(take(self.batch, index, size))
+        return self._with_batch(take(self.batch, index, len(self.clean())))
 
     def relabelled(self, labels: Tensor) -> StepVictim:
         if self.layout.labels_path is None:
@@ -199,8 +222,8 @@ class StepVictim(Victim):
         """The step's own loss."""
 
         def call() -> Tensor:
-            with backpropagated(self._module) as handed:
-                output = self._step(self._batch_with(x))
+            with backpropagated(self._module) as handed, self._sent(x) as batch:
+                output = self._step(batch)
             if handed:  # manual optimization: all that the step backpropagates
                 return torch.stack([loss.reshape(()) for loss in handed]).sum()
             if not self._module.automatic_optimization and x.grad is not None:
@@ -219,15 +242,22 @@ class StepVictim(Victim):
         with self.undisturbed():
             return self._sandbox.call(call)
 
-    def _batch_with(self, x: Tensor) -> Any:
-        # a copy of x as well, so that the user's code may write into its input in place
-        return replaced(fresh(self.batch), self.layout.input_path, x.clone())
+    @contextmanager
+    def _sent(self, x: Tensor) -> Iterator[Any]:
+        """For an extra call: a batch with ``x`` in it that the user's code may write into."""
+        yield replaced(fresh(self.batch), self.layout.input_path, x.clone())
 
     def _with_batch(self, batch: Any) -> StepVictim:
         other = copy.copy(self)
         other.batch = batch
         other.labels = None if self.layout.labels_path is None else get(batch, self.layout.labels_path)
         return other
+
+
+def _among_others() -> bool:
+    """Whether other processes may wait for this one in a forward pass."""
+    group = torch.distributed
+    return group.is_available() and group.is_initialized() and group.get_world_size() > 1
 
 
 def find_logits(victim: StepVictim, root: nn.Module, named: nn.Module | None = None) -> Layout | None:
@@ -265,12 +295,12 @@ def find_logits(victim: StepVictim, root: nn.Module, named: nn.Module | None = N
             found.append((logits.requires_grad, module, call, fits[0] if fits else None))
 
     modules = [named] if named is not None else dict.fromkeys(uncompiled_modules(root))
+    x = victim.clean().detach()  # before the hooks, because it may cut a call short
     with ExitStack() as stack:
         for module in modules:
             if not isinstance(module, Metric):
                 stack.enter_context(on_call(module, leave, enter))
         # parameters are frozen meanwhile: what requires gradients depends on the input
-        x = get(victim.batch, victim.layout.input_path).detach()
         output = victim.output(x.requires_grad_(True) if x.is_floating_point() else x)
     if not calls and loss_of(output) is None:
         raise StepSkipped

@@ -12,9 +12,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from robust_train.callbacks import _seams
-from robust_train.callbacks._batch import Path, find_input, get, label_candidates, replaced, write_back
+from robust_train.callbacks._batch import Path, find_input, get, label_candidates
 from robust_train.callbacks._callback import Callback, call_text, place_text, plain, submodule
-from robust_train.callbacks._checks import check_counts, check_places, check_texts
+from robust_train.callbacks._checks import check_counts, check_one_place, check_places, check_texts, refuse_beside
+from robust_train.callbacks._layer import kind_of, layer_text
 from robust_train.callbacks._sandbox import MODES, Sandbox
 from robust_train.callbacks._step import (
     Layout,
@@ -24,7 +25,8 @@ from robust_train.callbacks._step import (
     loss_of,
     with_loss,
 )
-from robust_train.evasion.attacks.base import Attack
+from robust_train.evasion.attacks.base import Attack, what_holds
+from robust_train.evasion.objectives.awp import AWP
 from robust_train.evasion.objectives.base import Objective
 from robust_train.evasion.objectives.pgd_at import PGDAT
 from robust_train.evasion.randomness import generator_for
@@ -62,6 +64,10 @@ class AdversarialTraining(Callback):
         logits: name of the submodule whose output are the logits (``"net.head"``), for what needs them (TRADES,
             targeted attacks, torchattacks); None: what ``self(...)`` returns in the step, else what the last of the
             step's modules does.
+        layer: name of a submodule (``"net.embedding"``) whose output is attacked instead of a part of the batch, for
+            inputs that are discrete: the threat is in units of that output. It is called once a step, returns a tensor
+            ``(B, ...)``, and is computed as ever, the perturbation added; padding of an ``nn.Embedding`` with
+            ``padding_idx`` is not perturbed. None: the batch.
         mode: how the model behaves while examples are crafted. ``"eval"``: no dropout, running statistics of batch
             normalisation; ``"batch"``: no dropout, statistics of the batch, running statistics untouched; ``"train"``:
             as in training. Layers only: the LightningModule itself stays in training mode.
@@ -104,6 +110,7 @@ class AdversarialTraining(Callback):
         inputs: str | int | None = None,
         labels: str | int | None = None,
         logits: str | None = None,
+        layer: str | None = None,
         mode: str = "eval",
         warmup_epochs: int = 0,
         warmup: str = "eps",
@@ -122,25 +129,16 @@ class AdversarialTraining(Callback):
                 raise ValueError(f"adversarial_training.{name} must be one of {', '.join(choices)}, got {value!r}")
         check_counts("adversarial_training", 0, warmup_epochs=warmup_epochs, seed=0 if seed is None else seed)
         check_places("adversarial_training", inputs=inputs, labels=labels)
-        check_texts("adversarial_training", logits=logits)
-        if objective.replaces_loss and attack.needs - {"loss"}:
-            raise ValueError(
-                f"{type(objective).__name__} has a loss of its own to be attacked, and {call_text(attack)} chooses its "
-                "own from logits and labels: use PGD or FGSM, untargeted"
-            )
-        if objective.replaces_loss and attack.starts_at_clean_input:
-            raise ValueError(
-                f"{type(objective).__name__} attacks a loss that has no gradient at the clean input, where this "
-                f"{type(attack).__name__} starts: give it a random start (PGD: random_start=true, FGSM: noise=1)"
-            )
+        check_texts("adversarial_training", logits=logits, layer=layer)
+        check_one_place("adversarial_training", inputs, layer)
         if warmup_epochs and warmup != "eps" and not hasattr(attack, "steps"):
             raise ValueError(
                 f'adversarial_training.warmup="{warmup}": {call_text(attack)} has no steps that could grow; use '
                 'warmup="eps", or override schedule'
             )
-        attack.check(threat)
         self.attack, self.threat, self.objective = attack, threat, objective
-        self.inputs, self.labels, self.logits, self.mode = inputs, labels, logits, mode
+        self.check_attack(attack)
+        self.inputs, self.labels, self.logits, self.layer, self.mode = inputs, labels, logits, layer, mode
         self.warmup_epochs, self.warmup, self.seed = warmup_epochs, warmup, seed
         self._unwrap: Callable[[], None] | None = None
         self._run = _Run()
@@ -175,12 +173,67 @@ class AdversarialTraining(Callback):
             "inputs",
             "labels",
             "logits",
+            "layer",
             "mode",
             "warmup_epochs",
             "warmup",
             "seed",
         )
         return {name: plain(getattr(self, name)) for name in names}
+
+    def perturbed(
+        self, victim: StepVictim, x: Tensor, attack: Attack, threat: Threat, generator: torch.Generator
+    ) -> Tensor:
+        """Adversarial inputs for one batch; override for another way of finding them.
+
+        Args:
+            victim: the step under attack.
+            x: clean inputs ``(B, ...)``.
+            attack: what ``schedule`` returned.
+            threat: likewise.
+            generator: source of all randomness.
+        """
+        return attack(self.objective.attacked(victim, x), x, threat, generator)
+
+    def weight_of_own(self, victim: StepVictim) -> float:
+        """Factor on the user's own loss of one batch."""
+        return self.objective.weight_of_own(victim)
+
+    def part(self, victim: StepVictim, crafted: Crafted, logits: Tensor | None) -> Tensor | None:
+        """The objective's part of the loss of one batch; override for another one.
+
+        Args:
+            victim: the step in training mode, with gradients to the parameters.
+            crafted: the batch and what was found for it.
+            logits: of the user's own forward pass, where the objective uses them.
+        """
+        part = self.objective.part(victim, crafted.x, crafted.x_adv, logits)
+        penalty = self.objective.penalty(victim, crafted.x, crafted.threat, crafted.generator)
+        return part if penalty is None else penalty if part is None else part + penalty
+
+    def check_attack(self, attack: Attack) -> None:
+        """Refuse an attack that cannot work within the threat or on the objective's loss.
+
+        Raises:
+            ValueError: the message says why.
+        """
+        name = type(self.objective).__name__
+        if self.objective.replaces_loss and attack.needs - {"loss"}:
+            raise ValueError(
+                f"{name} has a loss of its own to be attacked, and {call_text(attack)} chooses its own from logits and "
+                "labels: use PGD or FGSM, untargeted"
+            )
+        if self.objective.replaces_loss and attack.starts_at_clean_input:
+            raise ValueError(
+                f"{name} attacks a loss that has no gradient at the clean input, where this {type(attack).__name__} "
+                "starts: give it a random start (PGD: random_start=true, FGSM: noise=1)"
+            )
+        attack.check(self.threat)
+
+    def switch(self, attack: Attack) -> None:
+        """Attack with something else from the next batch on, until the fit ends."""
+        self.check_attack(attack)
+        self._run.attack, self._run.layout = attack, None
 
     # --- events ---------------------------------------------------------------------------------------------------
 
@@ -198,8 +251,8 @@ class AdversarialTraining(Callback):
         cost = (2 * passes + 3 * (1 + self.objective.extra_passes)) / 3
         self.announce(
             trainer,
-            f"active. {call_text(self.attack)} within the {self.threat.describe()}; objective "
-            f"{call_text(self.objective)}; examples are crafted in {self.mode} mode. "
+            f"active. {call_text(self.attack)} within the {what_holds([self.attack], self.threat, self.layer)}; "
+            f"objective {call_text(self.objective)}; examples are crafted in {self.mode} mode. "
             f"Expect about {cost:.1f} x the time of standard training.",
         )
 
@@ -212,6 +265,9 @@ class AdversarialTraining(Callback):
         self._run.batch_idx, self._run.crafted = batch_idx, None
         self._run.look_closely |= batch_idx == 0  # DPSGD's checks may have crafted examples of their own before
 
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._run.weights.close()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._remove()
 
@@ -219,6 +275,7 @@ class AdversarialTraining(Callback):
         self._remove()
 
     def _remove(self) -> None:
+        self._run.weights.close()
         if self._unwrap is not None:
             self._unwrap()
         self._unwrap = None
@@ -239,6 +296,9 @@ class AdversarialTraining(Callback):
                 "two AdversarialTraining callbacks in one Trainer would attack each other's batches: keep one, and "
                 "give it attack=WorstCase([...]) for several attacks"
             )
+        if isinstance(self.objective, AWP) and self.objective.gamma:
+            why = "the perturbed weights make every example's gradient depend on the others. Use another objective"
+            refuse_beside(trainer, "DPSGD", "AWP", why)
         if reason := _seams.unsupported_strategy(trainer):
             raise ValueError(f"AdversarialTraining cannot work with {reason}")
         if _seams.takes_iterator(pl_module):
@@ -254,6 +314,8 @@ class AdversarialTraining(Callback):
             )
         if self.logits is not None:
             submodule(pl_module, self.logits)
+        if self.layer is not None:
+            submodule(pl_module, self.layer, "layer")
 
     # --- one batch ------------------------------------------------------------------------------------------------
 
@@ -279,7 +341,7 @@ class AdversarialTraining(Callback):
             return self._skip(module, call, crafted)
         return self._train(module, call, crafted, crafted.victim.training())
 
-    def _skip(self, module: pl.LightningModule, call: Callable[[Any], Any], crafted: _Crafted) -> Any:
+    def _skip(self, module: pl.LightningModule, call: Callable[[Any], Any], crafted: Crafted) -> Any:
         """The extra calls found a step that skips this batch; the real one must too, or it would train undefended."""
 
         def refuse(*_: Any) -> Tensor:
@@ -294,25 +356,29 @@ class AdversarialTraining(Callback):
 
     def _craft(
         self, trainer: pl.Trainer, module: pl.LightningModule, call: Callable[[Any], Any], batch: Any
-    ) -> _Crafted:
+    ) -> Crafted:
         run = self._run
         input_path = find_input(batch, self.inputs) if run.layout is None else run.layout.input_path
-        x = get(batch, input_path)
-        if run.look_closely or not x.is_floating_point():
-            self.threat.check_input(x, f"the batch's input {place_text(input_path)}")
-        sandbox = Sandbox(module, trainer, x.device)
+        sandbox = Sandbox(module, trainer, get(batch, input_path).device)
+        x = x_adv = get(batch, input_path)
         try:
             if run.layout is None:
                 run.layout = self._look_at_first_batch(module, call, batch, input_path, sandbox)
             scale = _seams.gradient_scale(trainer)
-            victim = StepVictim(module, call, batch, run.layout, sandbox, mode=self.mode, gradient_scale=scale)
+            kind = kind_of(run.layout)
+            victim = kind(module, call, batch, run.layout, sandbox, mode=self.mode, gradient_scale=scale)
+            x = victim.clean()
+            if run.look_closely or not x.is_floating_point():
+                self.threat.check_input(x, self._place(input_path))
             victim.gradients = [] if run.look_closely and self.threat.radius > 0 else None
-            attack, threat = self.schedule(self.attack, self.threat, trainer.current_epoch, trainer.global_step)
+            attack = self.attack if run.attack is None else run.attack
+            attack, threat = self.schedule(attack, self.threat, trainer.current_epoch, trainer.global_step)
             seed = (run.seed or 0, _seams.data_rank(trainer), trainer.current_epoch, run.batch_idx)
-            x_adv = attack(self.objective.attacked(victim, x), x, threat, generator_for(x.device, *seed))
-            crafted = _Crafted(batch, x, x_adv, sandbox, victim)
+            threat, generator = victim.within(threat), generator_for(x.device, *seed)
+            x_adv = self.perturbed(victim, x, attack, threat, generator)
+            crafted = Crafted(batch, x, x_adv, threat, generator, sandbox, victim)
         except StepSkipped:
-            crafted = _Crafted(batch, x, x, sandbox, None)
+            crafted = Crafted(batch, x, x, self.threat, torch.Generator(x.device), sandbox, None)
         if run.look_closely and crafted.victim is not None and crafted.victim.gradients:
             if not any(map(bool, crafted.victim.gradients)):
                 rank_zero_warn(
@@ -328,58 +394,90 @@ class AdversarialTraining(Callback):
     ) -> Layout:
         """Where the labels are, and whose output the logits are; the latter only where something needs it."""
         candidates = label_candidates(batch, input_path, self.labels)
-        layout = Layout(input_path, candidates[0] if candidates else None, candidates=candidates)
-        x = get(batch, input_path)
-        rank_zero_info(f"AdversarialTraining: attacks the batch's input {place_text(input_path)}, {tuple(x.shape)}.")
-        if self.logits is None and "logits" not in self.objective.needs | self.attack.needs:
-            return layout
+        layer = None if self.layer is None else submodule(module, self.layer, "layer")
+        found: Layout | None = Layout(
+            input_path,
+            candidates[0] if candidates else None,
+            candidates=candidates,
+            layer=layer,
+            layer_name=self.layer or "",
+        )
+        victim = kind_of(found)(module, call, batch, found, sandbox, mode=self.mode)
+        x = victim.clean()
+        self.threat.check_input(x, self._place(input_path))
+        rank_zero_info(f"AdversarialTraining: attacks {self._place(input_path)}, {tuple(x.shape)}.")
+        attack = self.attack if self._run.attack is None else self._run.attack
+        if self.logits is None and "logits" not in self.objective.needs | attack.needs:
+            return found
         named = None if self.logits is None else submodule(module, self.logits)
-        found = find_logits(StepVictim(module, call, batch, layout, sandbox, mode=self.mode), module, named)
+        found = find_logits(victim, module, named)
         if found is None:
             raise ValueError(
-                f"{type(self.objective).__name__} with {type(self.attack).__name__} needs logits and class labels, and "
+                f"{type(self.objective).__name__} with {type(attack).__name__} needs logits and class labels, and "
                 "none were found in the training step: name the submodule that returns the logits with "
                 'logits="…" and the labels with labels="…", or use PGDAT with PGD, which need neither'
             )
         return found
 
+    def _place(self, input_path: Path) -> str:
+        """What is attacked, in words."""
+        return f"the batch's input {place_text(input_path)}" if self.layer is None else layer_text(self.layer)
+
     def _train(
-        self, module: pl.LightningModule, call: Callable[[Any], Any], crafted: _Crafted, victim: StepVictim
+        self, module: pl.LightningModule, call: Callable[[Any], Any], crafted: Crafted, victim: StepVictim
     ) -> Any:
         """The user's own step, once, on what the objective asks for; and the objective's part of the loss."""
         objective, layout, seen = self.objective, victim.layout, []
+        weight = self.weight_of_own(victim)
 
         def total(own: Tensor, first: bool = True) -> Tensor:
-            own = own if objective.own_weight == 1.0 else own * objective.own_weight
+            own = own if weight == 1.0 else own * weight
             if not first:
                 return own
-            part = objective.part(victim, crafted.x, crafted.x_adv, as_logits(seen[0]) if seen else None)
+            part = self.part(victim, crafted, as_logits(seen[0]) if seen else None)
             loss = own if part is None else own + part
             module.log("train/adv_loss", loss.detach(), prog_bar=True)
             return loss
 
         x = crafted.x_adv if objective.trains_on == "adversarial" else crafted.x
-        batch = replaced(crafted.batch, layout.input_path, x)
         with ExitStack() as stack:
-            stack.callback(write_back, crafted.batch, batch, layout.input_path, x)
+            batch = stack.enter_context(victim.trained_on(x))
+            weights = stack.enter_context(ExitStack())
+            weights.enter_context(objective.weights(victim, crafted.x, crafted.x_adv))
             stack.enter_context(crafted.sandbox.replaying())
             if objective.uses_logits:
                 stack.enter_context(layout.watched(seen.append))
             if not module.automatic_optimization:
-                stack.enter_context(_seams.before_backward(module, total))
+                stack.enter_context(_seams.before_backward(module, total, weights.close))
                 return call(batch)
             output = call(batch)
             own = loss_of(output)
-            return output if own is None else with_loss(output, total(own))
+            if own is None:
+                return output
+            output = with_loss(output, total(own))
+            self._run.weights = weights.pop_all()  # the backward pass may compute parts of the forward pass again
+            return output
 
 
 @dataclass(frozen=True)
-class _Crafted:
-    """One batch, its adversarial inputs, and the step as a victim (None: the step skips this batch)."""
+class Crafted:
+    """One batch and what was found for it.
+
+    Attributes:
+        batch: the user's.
+        x: its clean inputs ``(B, ...)``.
+        x_adv: adversarial inputs, same shape.
+        threat: within which they were found.
+        generator: what they were drawn from.
+        sandbox: for extra calls of the step.
+        victim: the step; None where it skips this batch.
+    """
 
     batch: Any
     x: Tensor
     x_adv: Tensor
+    threat: Threat
+    generator: torch.Generator
     sandbox: Sandbox
     victim: StepVictim | None
 
@@ -390,6 +488,8 @@ class _Run:
     def __init__(self, seed: int | None = None) -> None:
         self.seed = seed
         self.batch_idx = 0
-        self.crafted: _Crafted | None = None
+        self.crafted: Crafted | None = None
         self.layout: Layout | None = None
+        self.attack: Attack | None = None  # in place of the one that was asked for
+        self.weights = ExitStack()  # closed when the loss was differentiated
         self.look_closely = True  # the first batch of an epoch is checked against the threat's range

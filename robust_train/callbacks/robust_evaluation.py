@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
 from torchmetrics import MeanMetric
 
 from robust_train.callbacks import _seams
 from robust_train.callbacks._batch import find_input, fresh, get, label_candidates
 from robust_train.callbacks._callback import Callback, call_text, place_text, plain, submodule
-from robust_train.callbacks._checks import check_counts, check_name, check_places, check_texts
+from robust_train.callbacks._checks import check_counts, check_name, check_one_place, check_places, check_texts
+from robust_train.callbacks._layer import kind_of, layer_text
 from robust_train.callbacks._sandbox import Sandbox
 from robust_train.callbacks._step import Layout, StepSkipped, StepVictim, find_logits, loss_of
-from robust_train.evasion.attacks.base import Attack
+from robust_train.callbacks._testing import AtTest, Testing
+from robust_train.evasion.attacks.base import Attack, what_holds
+from robust_train.evasion.corruptions import Corruptions
 from robust_train.evasion.evaluate import Verdicts, judge
+from robust_train.evasion.examples import AdversarialExamples
+from robust_train.evasion.outcomes import Evaluation
 from robust_train.evasion.threat import Threat
 
 if TYPE_CHECKING:
@@ -40,6 +46,10 @@ class RobustEvaluation(Callback):
     classes log ``clean_loss``, ``robust_loss`` and ``robust_loss_<attack>`` instead: the loss that the evaluation step
     returns, or else the training step's, in eval mode; worst case by batch, because only its mean is known.
 
+    In ``test`` a classification is looked at more closely: afterwards ``evaluation`` has exact intervals, rates by
+    class and by group, and named flags wherever the numbers are not to be trusted; see ``Evaluation``. With
+    ``corruptions`` ``test/corruption_acc`` is logged, the mean accuracy under natural corruptions.
+
     Args:
         attacks: attacks by name, or one attack.
         threat: what the attacker may do; give the same as in training.
@@ -48,9 +58,17 @@ class RobustEvaluation(Callback):
         inputs: see ``AdversarialTraining``.
         labels: see ``AdversarialTraining``.
         logits: see ``AdversarialTraining``.
+        layer: see ``AdversarialTraining``; give the same as in training.
         name: where two evaluations with different threats stand in one Trainer: part of the names,
             ``val/<name>/robust_acc``.
         seed: seed of the attacks' own random stream; the same in every epoch, so that epochs can be compared.
+        groups: in ``test``: which part of the batch names each example's group.
+        corruptions: in ``test``: natural corruptions to measure under; None: none.
+        checks: in ``test``: look for signs that the numbers are not to be trusted, on the first 64 examples.
+        draws: in ``test``: random passes a verdict, and samples of EOT around each attack; None: 1, or 10 where the
+            model is found to draw at random.
+        shards: in ``test``: folder for what each batch came to, so that the same test goes on where it stopped.
+        examples: in ``test``: of how many of the first rows adversarial examples are kept, as ``adversarial_examples``.
 
     Raises:
         ValueError: a setting is out of range; in ``setup``: two evaluations with one name; with the first batch: no
@@ -81,8 +99,15 @@ class RobustEvaluation(Callback):
         inputs: str | int | None = None,
         labels: str | int | None = None,
         logits: str | None = None,
+        layer: str | None = None,
         name: str = "",
         seed: int = 0,
+        groups: str | int | None = None,
+        corruptions: Corruptions | None = None,
+        checks: bool = True,
+        draws: int | None = None,
+        shards: str | None = None,
+        examples: int = 0,
     ) -> None:
         if not isinstance(attacks, (Attack, Mapping)):
             raise TypeError(f"robust_evaluation.attacks must be an attack, or attacks by name, got {attacks!r}")
@@ -105,10 +130,15 @@ class RobustEvaluation(Callback):
         check_counts("robust_evaluation", 1, every_n_epochs=every_n_epochs, limit_batches=batches)
         check_counts("robust_evaluation", 0, seed=seed)
         check_places("robust_evaluation", inputs=inputs, labels=labels)
-        check_texts("robust_evaluation", logits=logits)
+        check_texts("robust_evaluation", logits=logits, layer=layer)
+        check_one_place("robust_evaluation", inputs, layer)
         check_name("robust_evaluation", name)
         self.threat, self.every_n_epochs, self.limit_batches = threat, every_n_epochs, limit_batches
         self.inputs, self.labels, self.logits, self.name, self.seed = inputs, labels, logits, name, seed
+        self.layer, self._asked = layer, AtTest(groups, corruptions, checks, draws, shards, examples)
+        self.evaluation: Evaluation | None = None
+        self.adversarial_examples: AdversarialExamples | None = None
+        self._testing: Testing | None = None
         self._means: dict[str, MeanMetric] = {}
         self._active = False
         self._model: _HowToCall | None = None
@@ -118,8 +148,25 @@ class RobustEvaluation(Callback):
         return self._generate_state_key(name=self.name)
 
     def settings(self) -> dict[str, Any]:
-        names = ("attacks", "threat", "every_n_epochs", "limit_batches", "inputs", "labels", "logits", "name", "seed")
-        return {name: plain(getattr(self, name)) for name in names}
+        names = (
+            "attacks",
+            "threat",
+            "every_n_epochs",
+            "limit_batches",
+            "inputs",
+            "labels",
+            "logits",
+            "layer",
+            "name",
+            "seed",
+        )
+        asked = {f.name: plain(getattr(self._asked, f.name)) for f in fields(self._asked)}
+        return {name: plain(getattr(self, name)) for name in names} | asked
+
+    @property
+    def active(self) -> bool:
+        """Whether the validation or test that runs now is attacked (see ``every_n_epochs``)."""
+        return self._active
 
     # --- events ---------------------------------------------------------------------------------------------------
 
@@ -132,9 +179,8 @@ class RobustEvaluation(Callback):
             )
         if stage in ("fit", "validate", "test"):
             attacks = ", ".join(f"{name}: {call_text(attack)}" for name, attack in self.attacks.items())
-            self.announce(
-                trainer, f"active in {getattr(stage, 'value', stage)}. {attacks}; within the {self.threat.describe()}."
-            )
+            within = what_holds(self.attacks.values(), self.threat, self.layer)
+            self.announce(trainer, f"active in {getattr(stage, 'value', stage)}. {attacks}; within the {within}.")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         in_fit = trainer.state.fn == "fit"
@@ -144,6 +190,8 @@ class RobustEvaluation(Callback):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin(True)
+        self.evaluation = self.adversarial_examples = None
+        self._testing = Testing(self._asked, self.threat, self.attacks, self.seed, self.layer)
 
     def on_validation_batch_start(
         self,
@@ -170,6 +218,11 @@ class RobustEvaluation(Callback):
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._log(trainer, pl_module, "test")
+        if self._testing is not None and (found := self._testing.evaluation(trainer)):
+            self.evaluation, self.adversarial_examples = found, self._testing.examples
+            name = f" {self.name}" if self.name else ""
+            rank_zero_info(f"RobustEvaluation{name}: " + "\n  ".join(str(found).splitlines()))
+        self._testing = None
 
     # --- work -----------------------------------------------------------------------------------------------------
 
@@ -185,13 +238,11 @@ class RobustEvaluation(Callback):
         with torch.inference_mode(False), torch.enable_grad(), _seams.autocast_context(trainer, stage):
             batch = fresh(batch)
             input_path = find_input(batch, self.inputs)
-            x = get(batch, input_path)
-            self.threat.check_input(x, f"the {stage} batch's input {place_text(input_path)}")
-            sandbox = Sandbox(module, trainer, x.device)
+            sandbox = Sandbox(module, trainer, get(batch, input_path).device)
 
             def victim(how: _HowToCall) -> StepVictim:
                 classes = how.layout.logits_module is not None
-                return StepVictim(
+                return kind_of(how.layout)(
                     module,
                     lambda b: how.step(b, *_seams.step_arguments(how.step, batch_idx, loader_idx)),
                     batch,
@@ -206,12 +257,34 @@ class RobustEvaluation(Callback):
             try:
                 if self._model is None:
                     candidates = label_candidates(batch, input_path, self.labels)
-                    layout = Layout(input_path, candidates[0] if candidates else None, candidates=candidates)
+                    layer = None if self.layer is None else submodule(module, self.layer, "layer")
+                    layout = Layout(
+                        input_path,
+                        candidates[0] if candidates else None,
+                        candidates=candidates,
+                        layer=layer,
+                        layer_name=self.layer or "",
+                    )
+                    self._look_at(victim(_HowToCall(getattr(module, f"{stage}_step"), layout)), stage)
                     self._model = self._how_to_call(module, stage, layout, victim)
-                verdicts = judge(victim(self._model), x, self.threat, self.attacks, *seed)
+                attacked = victim(self._model)
+                x = self._look_at(attacked, stage)
+                threat = attacked.within(self.threat)
+                if stage == "test" and self._testing and {"logits", "labels"} <= attacked.provides:
+                    place = (loader_idx, batch_idx)
+                    values = self._testing.judge(trainer, module, attacked, x, threat, place)
+                else:
+                    values = _values(judge(attacked, x, threat, self.attacks, *seed))
             except StepSkipped:
                 return
-        self._record(verdicts, len(x))
+        self._record(values, len(x))
+
+    def _look_at(self, victim: StepVictim, stage: str) -> Tensor:
+        """The inputs that are attacked, checked against the threat's range."""
+        x = victim.clean()
+        place = f"the {stage} batch's input {place_text(victim.layout.input_path)}"
+        self.threat.check_input(x, place if self.layer is None else layer_text(self.layer))
+        return x
 
     def _how_to_call(
         self, module: pl.LightningModule, stage: str, layout: Layout, victim: Callable[[_HowToCall], StepVictim]
@@ -232,7 +305,7 @@ class RobustEvaluation(Callback):
             )
         # a task without classes: the loss of this step where it returns one, else that of the unwrapped training step
         plain_victim = victim(_HowToCall(step, layout))
-        returned = plain_victim.output(get(plain_victim.batch, layout.input_path))
+        returned = plain_victim.output(plain_victim.clean())
         if loss_of(returned) is None:
             if not module.automatic_optimization and not module.trainer.optimizers:
                 raise ValueError(
@@ -243,10 +316,7 @@ class RobustEvaluation(Callback):
         rank_zero_info(f"RobustEvaluation: found no classes, so the loss of {step.__name__} is attacked and logged.")
         return _HowToCall(step, layout)
 
-    def _record(self, verdicts: Verdicts, size: int) -> None:
-        kind = "loss" if verdicts.is_loss else "acc"
-        values = {f"clean_{kind}": verdicts.clean, f"robust_{kind}": verdicts.worst}
-        values |= {f"robust_{kind}_{name}": value for name, value in verdicts.attacked.items()}
+    def _record(self, values: Mapping[str, Tensor], size: int) -> None:
         for name, value in values.items():
             mean = self._means.setdefault(name, MeanMetric().to(value.device))
             mean.update(value.float(), weight=torch.ones_like(value) if value.ndim else float(size))
@@ -267,3 +337,10 @@ class _HowToCall:
 
     step: Callable[..., Any]
     layout: Layout
+
+
+def _values(verdicts: Verdicts) -> dict[str, Tensor]:
+    """What is logged of a batch, by name."""
+    kind = "loss" if verdicts.is_loss else "acc"
+    values = {f"clean_{kind}": verdicts.clean, f"robust_{kind}": verdicts.worst}
+    return values | {f"robust_{kind}_{name}": value for name, value in verdicts.attacked.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -13,13 +14,29 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from foreign.batches import TupleBatch  # noqa: E402
 from foreign.cases import CASES  # noqa: E402
+from foreign.data import image_columns  # noqa: E402
 from foreign.runs import make_trainer, seed_all  # noqa: E402
 
-from robust_train import PGD, TRADES, AdversarialTraining, RobustEvaluation, Threat  # noqa: E402
+from robust_train import (  # noqa: E402
+    AWP,
+    PGD,
+    TRADES,
+    AdversarialTraining,
+    CatastrophicOverfitting,
+    ExtraData,
+    FreeLB,
+    FreeTraining,
+    GradAlign,
+    HelperTraining,
+    RobustEvaluation,
+    RobustOverfitting,
+    Threat,
+)
 
 STARTS = []
 
@@ -63,6 +80,19 @@ def callbacks(what: str, eps: float) -> list[pl.Callback]:
         "batch_mode": [AdversarialTraining(attack, threat, mode="batch")],
         "train_mode": [AdversarialTraining(attack, threat, mode="train")],
         "trades": [AdversarialTraining(attack, threat, TRADES())],
+        "awp": [AdversarialTraining(attack, threat, AWP(gamma=0.05))],
+        "free_lb": [AdversarialTraining(attack, threat, FreeLB(), mode="train")],
+        "layer": [AdversarialTraining(attack, Threat(eps=eps, low=-math.inf, high=math.inf), layer="net.0")],
+        "grad_align": [AdversarialTraining(attack, threat, GradAlign())],
+        "free": [FreeTraining(threat, replays=2)],
+        "helper": [HelperTraining(attack, threat, epochs=1)],
+        "extra": [AdversarialTraining(attack, threat), ExtraData(TensorDataset(image_columns(30, 5)[0]), epochs=1)],
+        "watched": [
+            AdversarialTraining(attack, threat),
+            evaluation,
+            CatastrophicOverfitting(PGD(steps=2), gap=0.9),
+            RobustOverfitting(batches=1),
+        ],
         "evaluation": [evaluation],
         "both": [AdversarialTraining(attack, threat), evaluation],
     }[what]

@@ -14,7 +14,22 @@ from foreign.data import image_columns, loader
 from foreign.runs import fit, make_trainer
 from torch import nn
 
-from robust_train import ALP, BPDA, EOT, FGSM, FMN, MART, MIFGSM, PGD, AdversarialTraining, RobustEvaluation, Threat
+from robust_train import (
+    ALP,
+    BPDA,
+    EOT,
+    FGSM,
+    FMN,
+    MART,
+    MIFGSM,
+    PGD,
+    AdversarialTraining,
+    Patch,
+    RobustEvaluation,
+    SparseRS,
+    Spatial,
+    Threat,
+)
 from robust_train.evasion.attacks.hop_skip_jump import HopSkipJump
 from robust_train.evasion.attacks.transfer import Transfer
 
@@ -96,6 +111,30 @@ def test_black_box_attacks_judge_the_users_module():
     found = evaluated(nn.Identity(), jump=HopSkipJump(queries=200), transfer=Transfer(surrogate, PGD(steps=5)))
     assert found["robust_acc_jump"] < found["clean_acc"]
     assert found["robust_acc_transfer"] < found["clean_acc"]
+
+
+def test_attacks_with_limits_of_their_own_judge_and_train_and_are_named():
+    said, before = [], THREAT.describe()
+
+    class Telling(AdversarialTraining):
+        def announce(self, trainer, text):
+            said.append(text)
+
+    found = evaluated(nn.Identity(), spatial=Spatial(translation=1), patch=Patch(size=3, steps=5))
+    assert found["robust_acc_spatial"] < found["clean_acc"]
+    assert found["robust_acc_patch"] < found["clean_acc"]
+    for attack in (Spatial(tries=3), Patch(size=2, steps=2)):
+        fit(CASES["tuple"], Telling(attack, THREAT), max_epochs=1)
+        assert f"within the {before}; {type(attack).__name__} instead: {attack.limits}; objective" in said.pop()
+
+
+def test_a_few_pixels_judge_the_users_module():
+    evaluation = RobustEvaluation(SparseRS(queries=100), Threat("l0", 6))
+    trainer = make_trainer(pl.Trainer, evaluation)
+    trainer.validate(Hidden(nn.Identity()), loader(*image_columns(60, seed=1)), verbose=False)
+    assert trainer.callback_metrics["val/robust_acc"] < trainer.callback_metrics["val/clean_acc"] - 0.2
+    with pytest.raises(ValueError, match="PGD has no version for threat.norm=l0: use SparseRS"):
+        AdversarialTraining(PGD(), Threat("l0", 6))
 
 
 # --- objectives -------------------------------------------------------------------------------------------------------

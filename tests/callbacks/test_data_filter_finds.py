@@ -632,7 +632,7 @@ def test_settings_that_make_no_sense_are_refused(settings, kind, said):
         (Stream(), "2 at least"),
         ("val", "the run has no validation data"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_trusted_rows_that_are_none_are_refused(trusted, said):
     with pytest.raises(ValueError, match=said):

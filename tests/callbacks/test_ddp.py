@@ -39,7 +39,7 @@ def weights(rank: dict[str, Any]) -> Any:
     return portrait(rank["weights"])
 
 
-@pytest.mark.parametrize("what", ["pgd_at", "batch_mode", "trades"])
+@pytest.mark.parametrize("what", ["pgd_at", "batch_mode", "trades", "awp", "free_lb", "layer"])
 def test_ranks_keep_equal_weights_and_draw_different_starts(what, tmp_path):
     first, second = launch(tmp_path, what, module="grouped_schedule")
     trained = [{k: v for k, v in r["weights"].items() if "running" not in k} for r in (first, second)]
@@ -66,6 +66,32 @@ def test_evaluation_agrees_on_all_ranks_and_leaves_training_alone(tmp_path):
         assert first["metrics"][name] == second["metrics"][name]
     assert first["metrics"]["val/robust_acc"] <= first["metrics"]["val/clean_acc"]
     assert_same(weights(first), weights(alone))
+
+
+@pytest.mark.parametrize("what", ["grad_align", "free", "helper", "extra"])
+def test_ranks_keep_equal_weights_in_other_ways_of_training(what, tmp_path):
+    first, second = launch(tmp_path, what, "grouped_schedule")
+    trained = [{k: v for k, v in r["weights"].items() if "running" not in k} for r in (first, second)]
+    assert_same(portrait(trained[0]), portrait(trained[1]))
+    assert first["steps"] == second["steps"] > 0
+
+
+def test_what_is_watched_in_training_agrees_on_all_ranks_and_leaves_it_alone(tmp_path):
+    first, second = launch(tmp_path, "watched", "tuple")
+    alone, _ = launch(tmp_path, "pgd_at", "tuple")
+    for name in ("train/own_attack_acc", "train/multi_step_acc", "train/robust_acc", "train/robust_gap"):
+        assert first["metrics"][name] == second["metrics"][name]
+    assert_same(weights(first), weights(alone))
+
+
+def test_gradients_of_sharded_weights_are_not_picked_up(tmp_path):
+    with pytest.raises(AssertionError, match="FreeLB cannot pick up gradients of sharded parameters"):
+        launch(tmp_path, "free_lb", "sharded", strategy={"data_parallel_size": 2, "tensor_parallel_size": 1})
+
+
+def test_sharded_weights_are_not_perturbed(tmp_path):
+    with pytest.raises(AssertionError, match="each process holds only a part of every weight"):
+        launch(tmp_path, "awp", "sharded", strategy={"data_parallel_size": 2, "tensor_parallel_size": 1})
 
 
 @pytest.mark.parametrize("name", ["gan", "manual_accumulation", "second_order", "returns_dict"])

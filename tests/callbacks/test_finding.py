@@ -168,7 +168,7 @@ def test_labels_or_logits_that_do_not_fit_are_refused():
         ((X, Y), -2, (0,)),
         (X, None, ()),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_the_input_rule(batch, asked, path):
     assert find_input(batch, asked) == path

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from robust_train.evasion.threat import Threat
 from robust_train.evasion.victim import Victim
 
 
@@ -35,6 +38,10 @@ class Objective(ABC):
     def own_weight(self) -> float:
         return 1.0
 
+    def weight_of_own(self, victim: Victim) -> float:
+        """Factor on the user's own loss for one batch; by default ``own_weight``."""
+        return self.own_weight
+
     @property
     def extra_passes(self) -> float:
         return 0.0
@@ -53,3 +60,18 @@ class Objective(ABC):
             x_adv: adversarial inputs, same shape.
             logits: what the user's own forward pass returned, with gradients, where ``uses_logits``.
         """
+
+    def penalty(self, victim: Victim, x: Tensor, threat: Threat, generator: torch.Generator) -> Tensor | None:
+        """A further part of the loss that looks at points of its own in the threat's ball; by default None.
+
+        Args:
+            victim: as for ``part``.
+            x: clean inputs ``(B, ...)``.
+            threat: what the attack of this batch was held to.
+            generator: source of all randomness.
+        """
+        return None
+
+    def weights(self, victim: Victim, x: Tensor, x_adv: Tensor) -> AbstractContextManager[None]:
+        """Inside, the model has the weights at which the loss is taken; by default its own."""
+        return nullcontext()
