@@ -9,7 +9,7 @@ demo: .venv/.stamp
 	.venv/bin/robust-train recipe=pgd_at baseline=true
 
 test: .venv/.stamp
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2
 
 lint: .venv/.stamp
 	.venv/bin/ruff check .

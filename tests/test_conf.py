@@ -22,7 +22,11 @@ from robust_train.hydra_plugin import config_dir, register
 CONF = config_dir("conf")
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.glob("*/*.yaml"))
 METHODS = ("attack", "objective", "callback", "clipping", "filter", "poison", "policy", "probe")
-NEEDED = {"callback/dp_sgd": {"noise_multiplier": 1.0}}  # what has no default that could be right for anyone
+NEEDED = {  # what has no default that could be right for anyone
+    "callback/dp_sgd": {"noise_multiplier": 1.0},
+    "callback/extra_data": {"data": "rows.npy"},
+}
+DATA = {"model/text_classifier": "python_docs"}  # what the others are not for
 REQUIRED = inspect.Parameter.empty
 GPU = ("trainer/16-mixed", "trainer/fsdp")
 
@@ -30,7 +34,7 @@ GPU = ("trainer/16-mixed", "trainer/fsdp")
 def composed(name: str) -> DictConfig:
     """The node that ``group/stem`` makes, in a config that has what a node may refer to: a threat and a task."""
     group, stem = name.split("/")
-    choices = {"threat": "threat", "data": "digits"} | {group: stem}
+    choices = {"threat": "threat", "data": DATA.get(name, "digits")} | {group: stem}
     if group == "threat":
         del choices["data"]  # a data set brings an eps of its own
     mounts = "hydra.searchpath=[robust-train://,robust-train://robust_train]"

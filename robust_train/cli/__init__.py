@@ -16,6 +16,8 @@ INTERRUPTED = 130  # what shells use for Ctrl-C
 COMMANDS = {  # by name: where it is, and what it does
     "train": ("train", "train with a recipe, judge the result, show what it bought (also without the word train)"),
     "evaluate": ("evaluate", "judge a checkpoint: ckpt=FILE attack=pgd"),
+    "certify": ("certify", "what is proved of a checkpoint: certify ckpt=FILE sigma=0.25, or method=ibp"),
+    "audit": ("audit", "who was in the training data, as far as a checkpoint tells: audit ckpt=FILE"),
     "resume": ("resume", "go on with a run that was interrupted: resume DIR"),
     "run": ("script", "harden a script of yours without an edit: run recipe=pgd_at -- python train.py"),
     "recipes": ("recipes", "the recipes; recipes show NAME: what one consists of"),

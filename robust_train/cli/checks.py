@@ -17,7 +17,9 @@ from robust_train.explain import dotted_keys, hint, in_one_line
 
 NODES = ("model", "data", "trainer", "callbacks", "judge", "threat")
 MISSING = "{0}: missing; name one, for example with recipe=… or {0}=…"
-JUDGE = ("attacks", "limit_batches", "curve")
+JUDGE = ("attacks", "limit_batches", "curve", "checks", "corruptions", "draws", "groups")
+OF_CHECKPOINTS = ("shards", "examples")  # of evaluate alone
+MOST_EXAMPLES = 4096
 MOST = 2**31 - 1
 TRAINER_COUNTS = {
     "max_epochs": -1,
@@ -36,14 +38,24 @@ TRAINER_LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batche
 NOT_NULL = ("accumulate_grad_batches", "num_nodes")
 TRAINER_NAMES = ("accelerator", "strategy", "precision", "gradient_clip_algorithm")
 # what a sweeper can be told to optimize
-METRICS = ("robust_acc", "clean_acc", "robust_loss", "clean_loss", "epsilon", "attack_success_rate", "train_seconds")
+METRICS = (
+    "robust_acc",
+    "clean_acc",
+    "robust_loss",
+    "clean_loss",
+    "epsilon",
+    "attack_success_rate",
+    "verified_acc",
+    "corruption_acc",
+    "train_seconds",
+)
 
 
 def check_settings(cfg: DictConfig, nodes: Sequence[str] = NODES) -> None:
     """Refuse what no constructor will see, or see too late.
 
     Args:
-        cfg: ``conf/train.yaml`` or ``conf/evaluate.yaml``, composed.
+        cfg: one of ours, such as ``conf/train.yaml``, composed.
         nodes: of it, those that are needed.
 
     Raises:
@@ -67,7 +79,8 @@ def check_settings(cfg: DictConfig, nodes: Sequence[str] = NODES) -> None:
             raise ConfigError(MISSING.format(node))
         if not isinstance(plain[node], dict):
             raise ConfigError(f"{node}: must be a group of settings, got {plain[node]!r}")
-    check_trainer(plain["trainer"])
+    if "trainer" in nodes:
+        check_trainer(plain["trainer"])
     allow, ckpt, poison = plain.get("allow"), plain.get("ckpt"), plain.get("poison")
     if not isinstance(allow, list) or not all(isinstance(name, str) for name in allow):
         raise ConfigError(f"allow: must be a list of packages such as [my_pkg], got {allow!r}")
@@ -76,8 +89,11 @@ def check_settings(cfg: DictConfig, nodes: Sequence[str] = NODES) -> None:
     if not isinstance(plain.get("baseline", False), bool):
         raise ConfigError(f"baseline: must be true or false, got {plain['baseline']!r}")
     check_seed(plain.get("seed"))
-    _check_metrics(plain.get("optimize"))
-    _check_judge(plain["judge"])
+    if "judge" in nodes:
+        _check_metrics(plain.get("optimize"))
+        _check_judge(plain["judge"], JUDGE if "callbacks" in nodes else (*JUDGE, *OF_CHECKPOINTS))
+    if "corruption_acc" in _names(plain.get("optimize")) and not plain["judge"].get("corruptions"):
+        raise ConfigError("optimize: corruption_acc is measured with judge.corruptions=true")
     if poison is not None:
         if not isinstance(poison, dict):
             raise ConfigError(f"poison: must be a group of settings, got {poison!r}")
@@ -165,16 +181,20 @@ def _check_task(task: Any) -> None:
         raise ConfigError(f"task.classes: must be a whole number >= 2, got {classes!r}")
 
 
+def _names(optimize: Any) -> list[Any]:
+    return (optimize or [None]) if isinstance(optimize, list) else [optimize]
+
+
 def _check_metrics(optimize: Any) -> None:
-    for name in (optimize or [None]) if isinstance(optimize, list) else [optimize]:
+    for name in _names(optimize):
         if name not in METRICS:
             raise ConfigError(f"optimize: {name!r} is none of {', '.join(METRICS)}{hint(str(name), METRICS)}")
 
 
-def _check_judge(judge: dict[str, Any]) -> None:
+def _check_judge(judge: dict[str, Any], known: Sequence[str]) -> None:
     for name in judge:
-        if name not in JUDGE:
-            raise ConfigError(f"judge.{name}: there is no such setting{hint(str(name), JUDGE)}")
+        if name not in known:
+            raise ConfigError(f"judge.{name}: there is no such setting{hint(str(name), known)}")
     if not isinstance(judge.get("attacks"), dict):
         raise ConfigError(f"judge.attacks: must be attacks by name, got {judge.get('attacks')!r}")
     if (limit := judge.get("limit_batches")) is not None and not _whole(limit, 1):
@@ -182,6 +202,19 @@ def _check_judge(judge: dict[str, Any]) -> None:
     curve = judge.get("curve")
     if not isinstance(curve, list) or not all(_factor(value) for value in curve):
         raise ConfigError(f"judge.curve: must be a list of multiples of threat.eps, from 0 to 1000, got {curve!r}")
+    if not isinstance(checks := judge.get("checks", True), bool):
+        raise ConfigError(f"judge.checks: must be true or false, got {checks!r}")
+    if (draws := judge.get("draws")) is not None and not (_whole(draws, 1) and draws <= MOST):
+        raise ConfigError(f"judge.draws: must be a whole number >= 1, or null, got {draws!r}")
+    if not (_whole(examples := judge.get("examples", 0), 0) and examples <= MOST_EXAMPLES):
+        raise ConfigError(f"judge.examples: must be a whole number from 0 to {MOST_EXAMPLES}, got {examples!r}")
+    if (shards := judge.get("shards")) is not None and not (isinstance(shards, str) and shards):
+        raise ConfigError(f"judge.shards: must be a folder, or null, got {shards!r}")
+    groups = judge.get("groups")
+    if groups is not None and not (_whole(groups, -MOST) or (isinstance(groups, str) and groups)):
+        raise ConfigError(f"judge.groups: must be an index, a name or a dotted path, or null, got {groups!r}")
+    if not isinstance(corruptions := judge.get("corruptions", False), (bool, list, NoneType)):
+        raise ConfigError(f"judge.corruptions: must be true, false or a list of kinds, got {corruptions!r}")
 
 
 def _endless(cfg: DictConfig) -> list[str]:

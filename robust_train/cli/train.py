@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def train_and_judge(
         ConfigError: a setting is missing, out of range or names what is not allowed: before anything is trained.
     """
     from robust_train.cli.judge import judged, judges, pictures, quiet
+    from robust_train.evasion.attacks.base import what_holds
     from robust_train.report import comparison
 
     check_settings(cfg)
@@ -83,26 +85,27 @@ def train_and_judge(
         with quiet():  # what cannot be built is found before anything is trained
             *_, trainer = _parts(cfg, folder / name, defended=name == recipe)
         check_defences(name, trainer.callbacks)
-    results, models, data = {}, {}, None
+    results, models, beside, data = {}, {}, {}, None
     for name in names:
         print(f"\n=== {name}: training ===", flush=True)
         start = time.perf_counter()
-        models[name], data = _train(cfg, folder / name, defended=name == recipe, resume=resume)
+        models[name], data, beside[name] = _train(cfg, folder / name, defended=name == recipe, resume=resume)
         results[name] = {"train_seconds": round(time.perf_counter() - start, 1)}
     if not _first_process():
         return float("nan")
     for name in names:
         print(f"\n=== {name}: judging ===", flush=True)
         results[name] = {
-            **judged(cfg, models[name], data, threat, attacks),  # type: ignore[arg-type]
+            **judged(cfg, models[name], data, threat, attacks, beside[name]),  # type: ignore[arg-type]
             **_privacy(folder / name),
             **_poisoning(cfg, folder / name, models[name], data),
             **results[name],
         }
+    within = what_holds(attacks.values(), threat, OmegaConf.select(cfg, "callbacks.robust_evaluation.layer"))
     summary = {
         "recipe": recipe,
         "overrides": overrides,
-        "threat": threat.describe(),
+        "threat": within,
         "seed": cfg.seed,
         "judged_on": "test set, worst case over the attacks that ran",
         "attacks": {name: str(attack) for name, attack in attacks.items()},
@@ -111,12 +114,16 @@ def train_and_judge(
         "config": OmegaConf.to_container(cfg, resolve=True),
     }
     (folder / "result.csv").write_text(comparison.as_csv(results), encoding="utf-8")
-    rows = pictures(models, threat, attacks, cfg)
+    with ExitStack() as stack:
+        for name in names:
+            for callback in beside[name]:
+                stack.enter_context(callback.serving(models[name]))
+        rows = pictures(models, threat, attacks, cfg)
     (folder / "figure.svg").write_text(
-        comparison.figure(results, threat=threat.describe(), eps=threat.radius, rows=rows), encoding="utf-8"
+        comparison.figure(results, threat=within, eps=threat.radius, rows=rows), encoding="utf-8"
     )
     write_whole(folder / RESULT_FILE, json.dumps(_as_json(summary), indent=2) + "\n")  # the last: it says all is there
-    print("\n" + comparison.as_table(results, threat.describe()))
+    print("\n" + comparison.as_table(results, within))
     print(
         f"\nIn {folder}: result.json, result.csv, figure.svg; for each model metrics.csv and checkpoints/, "
         "and privacy_certificate.json where it was trained privately."
@@ -230,8 +237,8 @@ def _seed(seed: Any) -> None:
     pl.seed_everything(seed, workers=True, verbose=False)
 
 
-def _train(cfg: DictConfig, folder: Path, *, defended: bool, resume: bool) -> tuple[Any, Any]:
-    """One training run in ``folder``; the trained module, and the data module."""
+def _train(cfg: DictConfig, folder: Path, *, defended: bool, resume: bool) -> tuple[Any, Any, list[Any]]:
+    """One training run in ``folder``; the trained module, the data module, and what judging needs beside them."""
     model, data, trainer = _parts(cfg, folder, defended=defended)
     begin = newest_checkpoint(folder / CHECKPOINTS) if resume else None
     if begin is not None:
@@ -246,7 +253,7 @@ def _train(cfg: DictConfig, folder: Path, *, defended: bool, resume: bool) -> tu
             print(f"\ninterrupted; to go on: robust-train resume {folder.parent}", file=sys.stderr, flush=True)
             raise SystemExit(INTERRUPTED) from None
     _leave_group()
-    return model, data
+    return model, data, [c for c in trainer.callbacks if getattr(c, "at_test", False)]
 
 
 def _save(trainer: Any, folder: Path) -> None:

@@ -116,7 +116,9 @@ class ScoreVictim(WrappedVictim):
 
     def take(self, index: Tensor) -> ScoreVictim:
         targets = None if self.targets is None else self.targets[index]
-        return ScoreVictim(self.inner.take(index), self.rule, targets)
+        other = ScoreVictim(self.inner.take(index), self.rule, targets)
+        other.found_scale = self.found_scale
+        return other
 
 
 def _of(scores: Tensor, classes: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .charts import Series, line_chart
+from .charts import line_chart
+from .evaluation import corruption_charts, curve_series, findings, findings_card, parts_chart
 from .pages import page
 from .pictures import Tile, diverging, image_grid
 
@@ -47,7 +48,9 @@ def _epsilon(result: Mapping[str, Any]) -> str:
     return "void" if value is None else f"{math.ceil(100 * value) / 100:.2f} (delta {result['delta']:.1g})"
 
 
-EXTRA = {"attack_success_rate": "trigger works", "filter_kept": "rows kept"}  # of data filtering, where measured
+# what only some recipes measure
+EXTRA = {"verified_acc": "verified", "attack_success_rate": "trigger works", "filter_kept": "rows kept"}
+SHARES = ("verified_acc", "attack_success_rate")
 
 
 def _extra(results: Results) -> list[str]:
@@ -57,16 +60,16 @@ def _extra(results: Results) -> list[str]:
 def _extra_shown(key: str, result: Mapping[str, Any]) -> str:
     if key not in result:
         return "all" if key == "filter_kept" else "not measured"
-    return f"{100 * result[key]:.1f} %" if key == "attack_success_rate" else str(result[key])
+    return f"{100 * result[key]:.1f} %" if key in SHARES else str(result[key])
 
 
 def as_table(results: Results, threat: str) -> str:
-    """A plain-text table: one row a run, one column an attack.
+    """A plain-text table: one row a run, one column an attack. Beneath it what else was found, flags last.
 
     Args:
         results: metrics of each run by name: ``clean_acc``, ``robust_acc``, ``robust_acc_<attack>`` (or ``…_loss``);
             ``epsilon`` and ``delta`` of a run that was trained privately; ``attack_success_rate`` of a simulated
-            trigger, and ``filter_kept``, rows that a filter kept.
+            trigger, ``filter_kept``, rows that a filter kept, and ``verified_acc``, what bounds of the logits prove.
         threat: the threat in words, for the heading.
     """
     kind, columns, private = _kind(results), _columns(results), _is_private(results)
@@ -90,7 +93,9 @@ def as_table(results: Results, threat: str) -> str:
         for row in [head, *body]
     ]
     what = "accuracy" if kind == "acc" else "loss"
-    return "\n".join([f"Test {what} within the {threat}", rows[0], "-" * len(rows[0]), *rows[1:]])
+    notes = findings(results)
+    table = [f"Test {what} within the {threat}", rows[0], "-" * len(rows[0]), *rows[1:]]
+    return "\n".join([*table, *([""] if notes else []), *notes])
 
 
 def as_csv(results: Results) -> str:
@@ -106,17 +111,19 @@ def as_csv(results: Results) -> str:
 
 
 def figure(results: Results, *, threat: str, eps: float, rows: Sequence[Mapping[str, Any]] | None) -> str:
-    """Accuracy against eps, and beneath it clean and adversarial examples; one self-contained SVG.
+    """Accuracy against eps, what speaks against trusting it, rates by class, and clean and adversarial examples; one
+    self-contained SVG.
 
     Args:
-        results: as in ``as_table``, each with ``curve``: points ``[eps, value]``.
+        results: as in ``as_table``, each with ``curve``: points ``[eps, value]``, and of a classification with
+            ``evaluation``, what ``Evaluation.as_dict()`` returns.
         threat: the threat in words.
         eps: the radius that was trained against.
         rows: for each run ``name``, ``labels``, and ``clean`` and ``attacked`` with ``images`` (N, C, H, W) in pixels
             and ``predicted`` classes; None leaves the pictures out.
     """
     kind, parts = _kind(results), []
-    lines = [Series(n, *zip(*r["curve"], strict=True)) for n, r in results.items() if r.get("curve")]
+    lines = [line for name, result in results.items() if (line := curve_series(name, result)) is not None]
     if lines:
         parts.append(
             line_chart(
@@ -124,13 +131,16 @@ def figure(results: Results, *, threat: str, eps: float, rows: Sequence[Mapping[
                 title="Accuracy as the attacker gets stronger"
                 if kind == "acc"
                 else "Loss as the attacker gets stronger",
-                subtitle="Test set; PGD-20 at every radius but 0, which is clean.",
+                subtitle="Test set; PGD-20 at every radius but 0, which is clean. Bands: 95 % intervals.",
                 x_label="eps (pixels, in the threat's norm)",
                 y_label="accuracy under attack" if kind == "acc" else "loss under attack",
                 percent=kind == "acc",
                 marks=[(eps, "the threat")],
             )
         )
+    parts += [card] if (card := findings_card(results)) is not None else []
+    parts += [chart for what in ("class", "group") if (chart := parts_chart(results, what)) is not None]
+    parts += corruption_charts(results)
     if rows:
         parts.append(_pictures(rows, eps))
     table = as_table(results, threat).split("\n")

@@ -19,6 +19,8 @@ SMALL = (
     "judge.attacks.pgd.steps=2",
     "judge.curve=[1.0]",
 )
+TEXT = ("data=python_docs", "model=text_classifier")
+NEEDS = {"embedding_pgd_at": TEXT, "freelb": TEXT}  # recipes that are for other data than digits
 # one epoch of a few batches, judged by one weak attack on one batch
 QUICK = (
     *SMALL[:3],

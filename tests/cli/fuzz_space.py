@@ -23,7 +23,7 @@ CHEAP = (
     "+trainer.num_sanity_val_steps=0",
     "+trainer.enable_model_summary=false",
 )
-OWN_MODEL = ("dp_scatter",)  # they are the same callbacks with another model
+OWN_MODEL = ("dp_scatter", "embedding_pgd_at", "freelb")  # they are the same callbacks with another model
 POISONED = {"filtered": "badnets", "filtered_trusted": "clean_label", "validated": "random_flips", "pgd_at": "wanet"}
 
 TEXTS = ("abc", "'٣'", "'ünïcode ☃'", "''", "'" + "x" * 300 + "'", "1e", "0x10")
@@ -101,7 +101,7 @@ def cases() -> list[Case]:
 
 def curated() -> list[Case]:
     """What is no value of one setting."""
-    return [*_broken(), *_conflicts()]
+    return [*_broken(), *conflicts()]
 
 
 def _of(recipe: str, key: str, default: Any) -> list[Case]:
@@ -209,7 +209,7 @@ def _broken() -> list[Case]:
     return [Case("pgd_at", (word,), (about,), sure=True) for word, about in words.items()]
 
 
-def _conflicts() -> list[Case]:
+def conflicts() -> list[Case]:
     """Settings that are right by themselves, and not together."""
 
     def case(recipe: str, about: str, *words: str) -> Case:

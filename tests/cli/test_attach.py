@@ -13,11 +13,14 @@ import scripts
 from cli_kit import RECIPES
 from hydra.core.global_hydra import GlobalHydra
 
+import robust_train
 from robust_train import attach
 from robust_train.config import ConfigError, recipe
 
 PACKAGES = ("pytorch_lightning", "lightning.pytorch")
 CHANGES = {
+    "embedding_pgd_at": "callbacks.adversarial_training.layer=net.1",
+    "freelb": "callbacks.adversarial_training.layer=net.1",
     "filtered": "callbacks.data_filter.probe.epochs=1",
     "filtered_trusted": "callbacks.data_filter.probe.epochs=1 callbacks.data_filter.trusted_size=30",
 }
@@ -47,7 +50,7 @@ def started(monkeypatch, capsys, name: str, *words: str) -> list[str]:
 
 def names(found: list[str]) -> set[str]:
     """Ours among them."""
-    return set(found) & {"AdversarialTraining", "DPSGD", "DataFilter", "DataValidation", "RobustEvaluation"}
+    return set(found) & set(robust_train.__all__)
 
 
 def of(name: str) -> set[str]:

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 from cli_kit import command
-from fuzz_space import Case, base, cases, curated
+from fuzz_space import Case, base, cases, conflicts, curated
 from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pytorch_lightning.loops.fit_loop import _FitLoop
 
+import robust_train
 from robust_train import attach
 from robust_train.config import ConfigError, recipe, recipe_config
 
@@ -64,8 +65,8 @@ def folder(tmp_path, monkeypatch, caplog):
 @functools.cache
 def defences(name: str) -> set[str]:
     """The classes that a recipe defends by."""
-    kinds = {node["_target_"].rpartition(".")[2] for node in recipe_config(name).callbacks.values()}
-    return kinds - {"RobustEvaluation"}
+    targets = [node["_target_"].rpartition(".")[2] for node in recipe_config(name).callbacks.values()]
+    return {target for target in targets if getattr(robust_train, target).defends}
 
 
 def outcome(monkeypatch: Any, folder: Any, capsys: Any, case: Case) -> str | None:
@@ -125,21 +126,21 @@ def test_wrong_configurations_end_in_one_line(folder, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(3600)
 def test_two_thousand_wrong_configurations(folder, monkeypatch, capsys):
     pytest.importorskip("torchattacks")
     refused = sum(check(monkeypatch, folder, capsys, case) for case in curated())
     sure = [case for case in SURE() if case not in set(curated())]
     refused += sampled(2000, sure, monkeypatch, folder, capsys)
     assert refused >= 2000
-    assert sampled(400, [case for case in EVERY() if not case.sure], monkeypatch, folder, capsys) >= 100
+    assert sampled(150, [case for case in EVERY() if not case.sure], monkeypatch, folder, capsys) >= 40
 
 
 def in_code() -> list[Case]:
-    """What is surely wrong with a recipe's callbacks and threat, and can be said to ``recipe()``."""
-    return [
-        case for case in SURE() if all(word.lstrip("+~").startswith(("callbacks", "threat")) for word in case.words)
-    ]
+    """What is surely wrong with a recipe's callbacks and threat, whatever the run, and can be said to ``recipe()``."""
+    parts = ("callbacks", "threat")
+    whole = [case for case in SURE() if all(word.lstrip("+~").startswith(parts) for word in case.words)]
+    return [case for case in whole if case not in conflicts()]
 
 
 def refused_in_code(monkeypatch: Any, case: Case) -> None:

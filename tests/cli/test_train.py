@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from cli_kit import RECIPES, SMALL, result, run
+from cli_kit import NEEDS, RECIPES, SMALL, result, run
 
 from robust_train import cli
 from robust_train.cli import judge
@@ -19,7 +19,7 @@ from robust_train.cli import judge
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_runs(recipe, monkeypatch, tmp_path):
     pytest.importorskip("torchattacks")
-    out = run(monkeypatch, tmp_path, f"recipe={recipe}", "trainer.fast_dev_run=true", *SMALL)
+    out = run(monkeypatch, tmp_path, f"recipe={recipe}", "trainer.fast_dev_run=true", *SMALL, *NEEDS.get(recipe, ()))
     assert set(json.loads((out / "result.json").read_text())["results"]) == {recipe}
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from robust_train.callbacks._callback import Callback
 
-OURS = ("train/adv_loss", "val/clean_", "val/robust_")  # what the callbacks log themselves
+# what the callbacks log themselves
+OURS = ("train/adv_loss", "train/own_attack_", "train/multi_step_", "train/robust_", "val/clean_", "val/robust_")
 FRAMEWORK = {"_trainer", "_fabric", "_parameters", "_buffers", "_modules", "_hparams", "_log_hyperparams", "training"}
 UNTIL_THE_END = {"training_step", "_metric_attributes", "_torchdynamo_wrapper_id"}  # ours while fitting; addresses
 
