@@ -236,6 +236,11 @@ class Observer(Callback):
                 done += len(labels)
         for part, training in modes:
             part.training = training
+        if done != self._size:
+            raise ValueError(
+                f"DataFilter: the loader delivered {done} of {self._size} rows when each was asked for once, and every "
+                "row must be seen. A collate function that drops rows, or a dataset whose length is wrong, does this"
+            )
         if not torch.isfinite(tables["logits"].values).all():
             if self._layout is not None:
                 self._refuse_strange_inputs(trainer, None, self._layout)
@@ -243,11 +248,6 @@ class Observer(Callback):
                 "DataFilter's copy of the module has logits that are not finite, though the inputs are: it diverged. "
                 "Lower the learning rate, train it for fewer epochs with Probe(epochs=…), or give it weights that were "
                 "trained before with Probe(checkpoint=…)"
-            )
-        if done != self._size:
-            raise ValueError(
-                f"DataFilter: the loader delivered {done} of {self._size} rows when each was asked for once, and every "
-                "row must be seen. A collate function that drops rows, or a dataset whose length is wrong, does this"
             )
         dynamics = "dynamics" in self._wanted and self._train
         self.observed = Observed(

@@ -62,7 +62,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on(folder, monkeypatch, capsys):
-    length = ("trainer.max_epochs=3", "trainer.limit_train_batches=8", "model.pause=0.2")
+    length = ("trainer.max_epochs=3", "trainer.limit_train_batches=8", "model.pause=0.4")
     process = start(folder, *words("recipe=standard", *length, "hydra.run.dir=out"))
     metrics = folder / "out" / "standard" / "checkpoints"
     waited = time.monotonic()
