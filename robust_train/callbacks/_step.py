@@ -23,6 +23,19 @@ from robust_train.evasion.victim import Victim, as_logits, classification_loss, 
 LOGITS_KEYS = ("logits", "out")  # where libraries put them when a model returns more than a tensor
 
 
+def batch_and_call(
+    step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Callable[[Any], Any]]:
+    """The batch that a step was handed, by place or by name, and the same call with another batch."""
+    name = None if args else next(iter(kwargs))
+    batch = args[0] if name is None else kwargs[name]
+
+    def call(other: Any) -> Any:
+        return step(other, *args[1:], **kwargs) if name is None else step(**{**kwargs, name: other})
+
+    return batch, call
+
+
 def loss_of(output: Any) -> Tensor | None:
     """The loss in what a training step returned: a tensor, a dict with ``"loss"``, or None."""
     loss = output.get("loss") if isinstance(output, Mapping) else output

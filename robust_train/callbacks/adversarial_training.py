@@ -21,6 +21,7 @@ from robust_train.callbacks._step import (
     Layout,
     StepSkipped,
     StepVictim,
+    batch_and_call,
     find_logits,
     loss_of,
     with_loss,
@@ -328,12 +329,7 @@ class AdversarialTraining(Callback):
         kwargs: dict[str, Any],
     ) -> Any:
         run = self._run
-        name = None if args else next(iter(kwargs))
-        batch = args[0] if name is None else kwargs[name]
-
-        def call(other: Any) -> Any:
-            return step(other, *args[1:], **kwargs) if name is None else step(**{**kwargs, name: other})
-
+        batch, call = batch_and_call(step, args, kwargs)
         crafted = run.crafted
         if crafted is None or crafted.batch is not batch:  # an optimizer with a closure comes here again
             crafted = run.crafted = self._craft(trainer, module, call, batch)

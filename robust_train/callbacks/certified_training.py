@@ -14,7 +14,7 @@ from robust_train.callbacks._bounds import bounded_logits, find_class_layout
 from robust_train.callbacks._callback import Callback, call_text, place_text, plain, submodule
 from robust_train.callbacks._checks import check_places, check_texts
 from robust_train.callbacks._sandbox import Sandbox
-from robust_train.callbacks._step import Layout, StepSkipped, StepVictim, loss_of, with_loss
+from robust_train.callbacks._step import Layout, StepSkipped, StepVictim, batch_and_call, loss_of, with_loss
 from robust_train.evasion.attacks._checks import is_number
 from robust_train.evasion.certified.ibp import IBP
 from robust_train.evasion.certified.verifier import Verifier, are_positive, class_differences, worst_case_loss
@@ -167,12 +167,7 @@ class CertifiedTraining(Callback):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        name = None if args else next(iter(kwargs))
-        batch = args[0] if name is None else kwargs[name]
-
-        def call(other: Any) -> Any:
-            return step(other, *args[1:], **kwargs) if name is None else step(**{**kwargs, name: other})
-
+        batch, call = batch_and_call(step, args, kwargs)
         x = get(batch, find_input(batch, self.inputs))
         sandbox = Sandbox(module, trainer, x.device)
         try:

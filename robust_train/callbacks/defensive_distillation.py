@@ -18,7 +18,7 @@ from robust_train.callbacks._checks import check_counts, check_places, check_tex
 from robust_train.callbacks._inner import fit_copy
 from robust_train.callbacks._sandbox import Sandbox
 from robust_train.callbacks._side_by_side import SideBySide
-from robust_train.callbacks._step import Layout, StepSkipped, StepVictim, loss_of, with_loss
+from robust_train.callbacks._step import Layout, StepSkipped, StepVictim, batch_and_call, loss_of, with_loss
 from robust_train.evasion.attacks.base import Attack
 from robust_train.evasion.attacks.pgd import PGD
 from robust_train.evasion.distillation import adapted_to_distillation, check_temperature, tempered_loss
@@ -70,12 +70,7 @@ class _TemperedTraining(Callback):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        name = None if args else next(iter(kwargs))
-        batch = args[0] if name is None else kwargs[name]
-
-        def call(other: Any) -> Any:
-            return step(other, *args[1:], **kwargs) if name is None else step(**{**kwargs, name: other})
-
+        batch, call = batch_and_call(step, args, kwargs)
         sandbox = Sandbox(module, trainer, get(batch, find_input(batch, self.inputs)).device)
         try:
             if self._layout is None:

@@ -12,6 +12,7 @@ from robust_train.callbacks import _seams
 from robust_train.callbacks._batch import find_input, get, replaced, write_back
 from robust_train.callbacks._callback import Callback, place_text, plain
 from robust_train.callbacks._checks import check_counts, check_places
+from robust_train.callbacks._step import batch_and_call
 from robust_train.evasion.certified.smoothing import gaussian_noise
 from robust_train.evasion.randomness import generator_for
 from robust_train.evasion.threat import Threat, parse_number
@@ -111,8 +112,7 @@ class GaussianAugmentation(Callback):
     def _step(
         self, trainer: pl.Trainer, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        name = None if args else next(iter(kwargs))
-        batch = args[0] if name is None else kwargs[name]
+        batch, call = batch_and_call(step, args, kwargs)
         path = find_input(batch, self.inputs)
         x, threat = get(batch, path), Threat() if self.threat is None else self.threat
         if not self._looked and (self.threat is not None or not x.is_floating_point()):
@@ -123,6 +123,6 @@ class GaussianAugmentation(Callback):
         noisy = gaussian_noise(x, self.sigma, threat, generator_for(x.device, "augmentation", *seed))
         sent = replaced(batch, path, noisy)
         try:
-            return step(sent, *args[1:], **kwargs) if name is None else step(**{**kwargs, name: sent})
+            return call(sent)
         finally:
             write_back(batch, sent, path, noisy)
